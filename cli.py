@@ -1,0 +1,245 @@
+"""The command line of gpt2.py: flags and their checks, where the prompt comes from, how text is shown, what errors say.
+
+Standard output carries the generated text and a newline, nothing else; everything else goes to standard error.
+Exit codes: 0 done, 2 a mistake that one line on standard error explains, 130 stopped with Ctrl-C.
+"""
+
+import argparse
+import codecs
+import contextlib
+import math
+import os
+import sys
+
+from encoder import END_OF_TEXT
+from errors import UserError
+from gpt2 import check_context, generate_tokens
+from sampling import make_sampler
+from utils import N_PARAMS, load_encoder_hparams_and_params
+
+EXIT_MISTAKE, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 2, 130, 141  # the last two are 128 + SIGINT, 128 + SIGPIPE
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        hint = " (a prompt of several words goes in quotes)" if message.startswith("unrecognized") else ""
+        raise UserError(f"{message}{hint}; see python {self.prog} --help")
+
+
+def whole_number(text):
+    if not text.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 up")
+    return int(text)
+
+
+def positive_number(text):
+    if (number := whole_number(text)) == 0:
+        raise argparse.ArgumentTypeError("0 is too few, at least 1")
+    return number
+
+
+def number_between(low, high, low_included):
+    def parse(text):
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not (low < number <= high or (low_included and number == low)) or math.isinf(number):
+            border = f"{'[' if low_included else '('}{low}, {high}{')' if math.isinf(high) else ']'}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number in {border}")
+        return number
+
+    return parse
+
+
+def make_parser():
+    parser = Parser(
+        prog="gpt2.py",
+        description="Continue a text with GPT-2.",
+        epilog='A prompt that starts with a dash goes after two of them: python gpt2.py --top_k 40 -- "--dashes"',
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("prompt", nargs="?", help="the text to continue, taken as it is; - reads standard input; none starts afresh")
+    add("--prompt_file", metavar="FILE", help="read the prompt from a file (its last line break is dropped, as for -)")
+    add("--n_tokens_to_generate", type=whole_number, default=40, metavar="N", help="tokens to add (default 40)")
+    add("--model_size", default="124M", help=f"{', '.join(N_PARAMS)} or a folder under models_dir (default 124M)")
+    add("--models_dir", default="models", metavar="DIR", help="where the model folders are (default models)")
+    add(
+        "--temperature",
+        type=number_between(0, math.inf, low_included=True),
+        default=0.0,
+        metavar="T",
+        help="0 takes the likeliest token each time (default); 1 draws as the model believes, more is wilder",
+    )
+    add(
+        "--top_k", type=whole_number, default=0, metavar="K", help="draw from the K likeliest tokens only (0: from all)"
+    )
+    add(
+        "--top_p",
+        type=number_between(0, 1, low_included=False),
+        default=1.0,
+        metavar="P",
+        help="draw from the fewest tokens whose probabilities reach P (1: from all)",
+    )
+    add("--seed", type=whole_number, metavar="N", help="the same seed draws the same text; sample i takes N + i - 1")
+    add("--n_samples", type=positive_number, default=1, metavar="N", help="how many continuations (default 1)")
+    add("--stop_at_end_of_text", action="store_true", help=f"stop when the model draws {END_OF_TEXT}")
+    add(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="show tokens as they are made (default: when standard output is a terminal)",
+    )
+    add("--interactive", action="store_true", help="ask for one prompt after another; Ctrl-D leaves")
+    return parser
+
+
+def run(argv=None):
+    """Runs the command line argv (default sys.argv[1:]) and returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(**({"errors": "replace"} if stream.isatty() else {"encoding": "utf-8"}))
+    try:
+        options = make_parser().parse_args(argv)
+        check_options(options)
+        Session(options).run()
+        return 0
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_CLOSED_PIPE
+    except (UserError, OSError, MemoryError) as error:
+        print(f"gpt2.py: error: {describe(error)}", file=sys.stderr)
+        return EXIT_MISTAKE
+
+
+def describe(error):
+    if isinstance(error, OSError) and error.filename:
+        return f"cannot open {error.filename}: {error.strerror}; check the path and its permissions"
+    if isinstance(error, MemoryError):
+        return f"not enough memory ({error}); take a smaller --model_size"
+    return str(error)
+
+
+def check_options(options):
+    given = [options.prompt is not None, options.prompt_file is not None, options.interactive]
+    if sum(given) > 1:
+        raise UserError("give one of a prompt, --prompt_file and --interactive, not several")
+
+
+class Session:
+    """One model, loaded once, and the options that every prompt shares."""
+
+    def __init__(self, options):
+        self.options = options
+        self.stream = sys.stdout.isatty() if options.stream is None else options.stream
+        self.first_prompt = None if options.interactive else read_prompt(options)
+        loaded = load_encoder_hparams_and_params(options.model_size, os.path.expanduser(options.models_dir))
+        self.encoder, self.hparams, self.params = loaded
+        self.end_of_text = self.encoder.encoder.get(END_OF_TEXT)
+
+    def run(self):
+        if self.options.interactive:
+            self.ask_for_prompts()
+        else:
+            self.answer(self.first_prompt)
+
+    def ask_for_prompts(self):
+        """Answers one line after another, until Ctrl-D; Ctrl-C ends an answer, or at the prompt the program."""
+        while (line := read_line()) is not None:
+            with contextlib.suppress(KeyboardInterrupt):
+                try:
+                    prompt = decode_utf8(line, "the prompt")
+                    if prompt:
+                        self.answer(prompt)
+                except UserError as error:
+                    print(f"error: {error}", file=sys.stderr)
+
+    def answer(self, prompt):
+        """Prints --n_samples continuations of a prompt."""
+        options = self.options
+        ids = self.start_ids(prompt)
+        for i in range(options.n_samples):
+            if options.n_samples > 1:
+                print(f"=== sample {i + 1} ===", flush=True)
+            seed = None if options.seed is None else options.seed + i
+            sample = make_sampler(options.temperature, options.top_k, options.top_p, seed)
+            stop_id = self.end_of_text if options.stop_at_end_of_text else None
+            n = options.n_tokens_to_generate
+            self.show(generate_tokens(ids, self.params, self.hparams["n_head"], n, sample, stop_id))
+
+    def start_ids(self, prompt):
+        if prompt.endswith(" "):
+            print("note: the prompt ends with a space, which GPT-2 expects before the next word", file=sys.stderr)
+        ids = self.encoder.encode(prompt)
+        if not ids:
+            if self.end_of_text is None:
+                raise UserError(f"{self.options.model_size} has no {END_OF_TEXT} token to start from; give a prompt")
+            ids = [self.end_of_text]
+        n_ctx, n_new = self.hparams["n_ctx"], self.options.n_tokens_to_generate
+        try:
+            check_context(len(ids), n_new, n_ctx)
+        except ValueError:
+            raise UserError(
+                f"{len(ids)} prompt tokens + {n_new} to generate = {len(ids) + n_new}, more than the {n_ctx} of the "
+                f"model's context; shorten the prompt or set --n_tokens_to_generate to {max(n_ctx - len(ids), 0)}"
+            ) from None
+        return ids
+
+    def show(self, tokens):
+        """Prints tokens as text, as they come or all at once; what there is when Ctrl-C comes is printed too."""
+        text = ""
+        try:
+            for piece in self.encoder.decode_stream(self.with_progress(tokens)):
+                if self.stream:
+                    print(piece, end="", flush=True)
+                else:
+                    text += piece
+        except KeyboardInterrupt:
+            print(text, flush=True)
+            raise
+        print(text, flush=True)
+
+    def with_progress(self, tokens):
+        """The same tokens, with a bar on standard error where a person would otherwise watch nothing happen."""
+        if self.stream or not sys.stderr.isatty():
+            return tokens
+        from tqdm import tqdm
+
+        return tqdm(tokens, total=self.options.n_tokens_to_generate, desc="generating", unit="token", leave=False)
+
+
+def read_line():
+    """One line of standard input as bytes, None at its end. A terminal gets a prompt and can edit the line."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return sys.stdin.buffer.readline() or None
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (its import gives input() history and editing keys)
+    try:
+        return os.fsencode(input("prompt> "))
+    except EOFError:
+        print()
+        return None
+
+
+def read_prompt(options):
+    """The prompt as the options give it, "" for none."""
+    if options.prompt_file is not None:
+        with open(options.prompt_file, "rb") as f:
+            return decode_utf8(f.read(), options.prompt_file)
+    if options.prompt == "-":
+        return decode_utf8(sys.stdin.buffer.read(), "standard input")
+    return decode_utf8(os.fsencode(options.prompt or ""), "the prompt", drop_line_break=False)
+
+
+def decode_utf8(data, source, drop_line_break=True):
+    """Bytes to text, less a byte order mark and the last line break; raises UserError where they are not UTF-8."""
+    if drop_line_break:
+        data = data.removeprefix(codecs.BOM_UTF8).removesuffix(b"\n").removesuffix(b"\r")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        what = f"byte 0x{data[error.start]:02x} at position {error.start}"
+        raise UserError(f"{source} is not UTF-8 ({what}); convert it, with iconv for example") from None

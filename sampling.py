@@ -1,0 +1,52 @@
+"""How the next token is chosen from the logits: greedily, or drawn with temperature, top-k and top-p.
+
+The order is temperature, then top-k, then top-p, as in OpenAI's sample.py and Hugging Face's generate.
+Ties: every token as likely as the last one kept is kept too, for top-k and for top-p (OpenAI's rule).
+The border of top-p: the fewest most likely tokens whose probabilities sum to at least p, the one that crosses p
+included (Holtzman et al. 2020, section 3.1, and Hugging Face). OpenAI's code leaves that last one out.
+"""
+
+import numpy as np
+
+from gpt2 import softmax
+
+
+def top_k_keep(logits, k):  # [n_vocab] -> [n_vocab] of bool
+    """True for the k largest logits and whatever ties with the smallest of them; k = 0 keeps all."""
+    if not 0 < k < len(logits):
+        return np.ones(len(logits), dtype=bool)
+    return logits >= np.partition(logits, -k)[-k]
+
+
+def top_p_keep(probs, p):  # [n_vocab] -> [n_vocab] of bool
+    """True for the smallest set of most likely tokens whose probabilities reach p, ties included; p = 1 keeps all."""
+    if p >= 1:
+        return np.ones(len(probs), dtype=bool)
+    descending = np.sort(probs)[::-1]
+    n_keep = min(np.searchsorted(np.cumsum(descending), p) + 1, len(probs))
+    return probs >= descending[n_keep - 1]
+
+
+def distribution(logits, temperature=1.0, top_k=0, top_p=1.0):  # [n_vocab] -> [n_vocab]
+    """The probability of each token being drawn, in float64: over a whole vocabulary float32 sums would drift."""
+    logits = logits.astype(np.float64)
+    logits = (logits - np.max(logits)) / temperature
+    probs = softmax(np.where(top_k_keep(logits, top_k), logits, -np.inf))
+    probs = np.where(top_p_keep(probs, top_p), probs, 0)
+    return probs / np.sum(probs)
+
+
+def make_sampler(temperature=0.0, top_k=0, top_p=1.0, seed=None):
+    """Returns a function from logits [n_vocab] to a token id: argmax at temperature 0, else one seeded random draw.
+
+    A draw takes one number from NumPy's Generator, so a seed gives the same tokens on every machine, up to rounding.
+    """
+    if temperature == 0:
+        return np.argmax
+    rng = np.random.default_rng(seed)
+
+    def sample(logits):
+        cumulative = np.cumsum(distribution(logits, temperature, top_k, top_p))
+        return np.searchsorted(cumulative / cumulative[-1], rng.random(), side="right")
+
+    return sample
