@@ -136,7 +136,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
 
 @contextlib.contextmanager
 def silenced_stderr():
-    """Drops what TensorFlow's libraries write about processors and GPUs while they load; no setting keeps them quiet."""
+    """Drops what TensorFlow's libraries write about GPUs and the like while they load; no setting stops it."""
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try:

@@ -13,13 +13,13 @@ SIZE_124M = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_la
 
 
 def random_tensors(hparams, seed=0):
-    """Tensors by checkpoint name, spread out so that a wrong transpose, order or missing offset changes the logits."""
+    """Tensors by checkpoint name, spread out so that a wrong order, a missing offset and the like change the logits."""
     rng = np.random.default_rng(seed)
     tensors = {}
     for name, shape in tensor_shapes(**hparams).items():
         tensor = rng.standard_normal(shape, dtype=np.float32)
         leaf = name.rpartition("/")[2]
-        tensor *= {"g": 0.3, "b": 0.2, "wte": 0.3, "wpe": 0.2}.get(leaf, 0.7 / shape[0] ** 0.5)
+        tensor *= {"g": 0.3, "b": 0.2, "wte": 0.1, "wpe": 0.1}.get(leaf, 1 / shape[0] ** 0.5)
         tensors[name] = tensor + np.float32(1) if leaf == "g" else tensor
     return tensors
 
@@ -61,7 +61,7 @@ def write_hparams(model_dir, hparams):
 
 
 def write_tf_checkpoint(model_dir, tensors, prefix="model.ckpt"):
-    """The files checkpoint and prefix.{index,meta,data-00000-of-00001}, by TensorFlow's Saver, as OpenAI made theirs."""
+    """The files checkpoint and prefix.{index,meta,data-00000-of-00001}, by TensorFlow's Saver as OpenAI's were."""
     import tensorflow.compat.v1 as tf
 
     with tf.Graph().as_default(), tf.Session() as session:
