@@ -74,7 +74,7 @@ def mha(x, c_attn, c_proj, n_head, cache=None):  # [..., n_seq, n_embd] -> [...,
     q, k, v = np.split(x, 3, axis=-1)  # [..., n_seq, 3*n_embd] -> [..., n_seq, n_embd] each
     q, k, v = (split_heads(a, n_head) for a in (q, k, v))  # -> [..., n_head, n_seq, n_embd/n_head] each
     if cache is not None:
-        k, v = cache.append(k, v)  # [..., n_head, n_seq, d] -> [..., n_head, n_past+n_seq, d] each
+        k, v = cache.append(k, v)  # [..., n_head, n_seq, d] -> [..., n_head, n_k, d] each
     x = merge_heads(attention(q, k, v))  # -> [..., n_seq, n_embd]
     return linear(x, **c_proj)
 
@@ -123,10 +123,10 @@ class KVCache:
         if self.k is None:
             shape = (*k.shape[:-2], self.n_ctx, k.shape[-1])
             self.k, self.v = np.empty(shape, k.dtype), np.empty(shape, v.dtype)
-        n = self.n_past + k.shape[-2]
-        self.k[..., self.n_past : n, :], self.v[..., self.n_past : n, :] = k, v
-        self.n_past = n
-        return self.k[..., :n, :], self.v[..., :n, :]
+        n_past, n_k = self.n_past, self.n_past + k.shape[-2]
+        self.k[..., n_past:n_k, :], self.v[..., n_past:n_k, :] = k, v
+        self.n_past = n_k
+        return self.k[..., :n_k, :], self.v[..., :n_k, :]
 
 
 PREFILL = 128  # prompt tokens a pass: bounds memory, and no pass attends to keys that the mask would hide anyway

@@ -1,0 +1,344 @@
+"""The model against Hugging Face transformers, and against itself along its different paths."""
+
+import copy
+import inspect
+import math
+
+import numpy as np
+import pytest
+
+import gpt2
+import gpt2_pico
+from encoder import END_OF_TEXT
+from tests.conftest import PROMPTS, TINY
+
+
+@pytest.fixture(scope="module")
+def theirs(tiny_models_dir):
+    """transformers' GPT-2 with the tiny model's weights."""
+    from transformers import GPT2LMHeadModel
+
+    return GPT2LMHeadModel.from_pretrained(tiny_models_dir / "tiny").eval()
+
+
+def their_logits(model, ids):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(ids)).logits.numpy()
+
+
+def prompt_ids(encoder, prompt):
+    return encoder.encode(prompt) or [encoder.encoder[END_OF_TEXT]]
+
+
+def random_ids(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, TINY["n_vocab"], shape)
+
+
+def assert_same_ids(ours, expected, logits_of):
+    """Equal, or a message with the two largest logits at the first difference, by which a near tie is known."""
+    if ours != expected:
+        i = next(i for i, (a, b) in enumerate(zip(ours, expected, strict=True)) if a != b)
+        logits = logits_of(i)
+        top = np.argsort(-logits)[:2]
+        pytest.fail(f"token {i}: {ours[i]} is not {expected[i]}; top two {top} with logits {logits[top]}")
+
+
+# The layers, on numbers worked out elsewhere
+
+
+def test_gelu():  # by the formula of Hendrycks & Gimpel, as printed in "GPT in 60 Lines of NumPy"
+    x = np.array([[1, 2], [-2, 0.5]], dtype=np.float32)
+    np.testing.assert_allclose(gpt2.gelu(x), [[0.84119, 1.9546], [-0.0454, 0.34571]], atol=5e-5)
+
+
+def test_softmax():
+    x = np.array([[2, 10], [-1, 0]], dtype=np.float32)
+    np.testing.assert_allclose(gpt2.softmax(x), [[0.00034, 0.99966], [0.26894, 0.73106]], atol=5e-6)
+    np.testing.assert_array_equal(gpt2.softmax(np.array([1e4, 0, -1e4], dtype=np.float32)), [1, 0, 0])
+
+
+def test_layer_norm():
+    x = np.array([[2, 2, 3], [-5, 0, 1]], dtype=np.float32)
+    expected = [[-0.70709, -0.70709, 1.41418], [-1.397, 0.508, 0.889]]
+    np.testing.assert_allclose(gpt2.layer_norm(x, g=np.float32(1), b=np.float32(0)), expected, atol=5e-4)
+
+
+@pytest.mark.parametrize("n_q", [1, 3, 7])
+def test_attention_is_torchs(n_q):
+    import torch
+
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 3, n, 4), dtype=np.float32) for n in (n_q, 7, 7))
+    visible = torch.tril(torch.ones(n_q, 7, dtype=torch.bool), 7 - n_q)
+    expected = torch.nn.functional.scaled_dot_product_attention(*map(torch.tensor, (q, k, v)), attn_mask=visible)
+    np.testing.assert_allclose(gpt2.attention(q, k, v), expected.numpy(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 36), (2, 5, 36), (2, 3, 5, 36)])
+def test_gelu_softmax_and_layer_norm_are_torchs(shape):
+    import torch
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(shape, dtype=np.float32) * 3
+    g, b = rng.standard_normal((2, shape[-1]), dtype=np.float32)
+    t = torch.tensor(x)
+    functional = torch.nn.functional
+    np.testing.assert_allclose(gpt2.gelu(x), functional.gelu(t, approximate="tanh").numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gpt2.softmax(x), torch.softmax(t, -1).numpy(), rtol=1e-5, atol=1e-7)
+    expected = functional.layer_norm(t, shape[-1:], torch.tensor(g), torch.tensor(b))
+    np.testing.assert_allclose(gpt2.layer_norm(x, g, b), expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+# The whole model against transformers
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_logits_are_those_of_transformers(tiny, theirs, prompt):
+    encoder, hparams, params = tiny
+    ids = prompt_ids(encoder, prompt)
+    expected = their_logits(theirs, [ids])[0]
+    np.testing.assert_allclose(gpt2.gpt2(ids, **params, n_head=hparams["n_head"]), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(gpt2_pico.gpt2(ids, **params, n_head=hparams["n_head"]), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_64_greedy_ids_are_those_of_transformers(tiny, theirs, prompt):
+    import torch
+
+    encoder, hparams, params = tiny
+    ids = prompt_ids(encoder, prompt)
+    options = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = theirs.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist()
+    for module in (gpt2, gpt2_pico):
+        ours = module.generate(ids, params, hparams["n_head"], 64)
+        assert_same_ids(ours, expected, lambda i: their_logits(theirs, [ids + expected[:i]])[0, -1])
+
+
+def test_every_position_up_to_the_last_of_the_context(tiny, theirs):
+    _, hparams, params = tiny
+    ids = random_ids(TINY["n_ctx"]).tolist()
+    logits = gpt2.gpt2(ids, **params, n_head=hparams["n_head"])
+    np.testing.assert_allclose(logits, their_logits(theirs, [ids])[0], rtol=1e-4, atol=1e-5)
+
+
+# Its own paths: batch, cache, chunks
+
+
+@pytest.mark.parametrize("batch", [(1,), (3,), (2, 3)])
+def test_a_row_of_a_batch_is_the_row_alone(tiny, batch):
+    _, hparams, params = tiny
+    ids = random_ids(*batch, 11)
+    logits = gpt2.gpt2(ids, **params, n_head=hparams["n_head"])
+    assert logits.shape == (*batch, 11, TINY["n_vocab"])
+    for index in np.ndindex(batch):
+        alone = gpt2.gpt2(ids[index], **params, n_head=hparams["n_head"])
+        np.testing.assert_allclose(logits[index], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize("pieces", [[11], [1] * 11, [4, 1, 1, 5], [1, 10]])
+def test_the_cache_gives_the_logits_of_one_pass(tiny, batch, pieces):
+    _, hparams, params = tiny
+    ids = random_ids(*batch, 11)
+    whole = gpt2.gpt2(ids, **params, n_head=hparams["n_head"])
+    cache = [gpt2.KVCache(11) for _ in params["blocks"]]
+    parts = [
+        gpt2.gpt2(part, **params, n_head=hparams["n_head"], cache=cache)
+        for part in np.split(ids, np.cumsum(pieces)[:-1], axis=-1)
+    ]
+    np.testing.assert_allclose(np.concatenate(parts, axis=-2), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_last_only_is_the_last_row(tiny):
+    _, hparams, params = tiny
+    ids = random_ids(2, 7)
+    last = gpt2.gpt2(ids, **params, n_head=hparams["n_head"], last_only=True)
+    assert last.shape == (2, 1, TINY["n_vocab"])
+    whole = gpt2.gpt2(ids, **params, n_head=hparams["n_head"])
+    np.testing.assert_allclose(last, whole[:, -1:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefill", [1, 7, 50, 1000])
+def test_the_prompt_in_chunks_gives_the_same_ids(tiny, monkeypatch, prefill):
+    _, hparams, params = tiny
+    ids = random_ids(50).tolist()
+    expected = gpt2_pico.generate(ids, params, hparams["n_head"], 16)
+    monkeypatch.setattr(gpt2, "PREFILL", prefill)
+    assert gpt2.generate(ids, params, hparams["n_head"], 16) == expected
+
+
+def test_the_cache_keeps_views_and_copies_nothing_but_the_new_rows():
+    cache = gpt2.KVCache(5)
+    first = np.ones((2, 3, 4), dtype=np.float32)
+    k, v = cache.append(first, 2 * first)
+    assert len(cache) == 3
+    again, _ = cache.append(3 * first[:, :1], first[:, :1])
+    assert np.shares_memory(k, again)
+    assert np.shares_memory(v, cache.v)
+    np.testing.assert_array_equal(again[0, :, 0], [1, 1, 1, 3])
+
+
+# float32, purity, other array types
+
+
+def every_array(monkeypatch, run):
+    """What every function of gpt2.py returned while run() ran, as (name, array)."""
+    seen = []
+    for name, function in inspect.getmembers(gpt2, inspect.isfunction):
+
+        def wrapper(*args, name=name, function=function, **kwargs):
+            result = function(*args, **kwargs)
+            seen.extend((name, a) for a in (result if isinstance(result, tuple) else (result,)))
+            return result
+
+        if "generate" not in name:
+            monkeypatch.setattr(gpt2, name, wrapper)
+    run()
+    return [(name, a) for name, a in seen if isinstance(a, np.ndarray)]
+
+
+@pytest.mark.parametrize("with_cache", [False, True])
+def test_every_activation_is_float32(tiny, monkeypatch, with_cache):
+    _, hparams, params = tiny
+    cache = [gpt2.KVCache(9) for _ in params["blocks"]] if with_cache else None
+
+    def run():
+        for part in ([3, 1, 4], [1]):
+            gpt2.gpt2(part, **params, n_head=hparams["n_head"], cache=cache)
+
+    seen = every_array(monkeypatch, run)
+    names = "gelu softmax layer_norm linear ffn attention split_heads merge_heads mha transformer_block gpt2"
+    assert {name for name, _ in seen} == set(names.split())
+    assert {a.dtype for _, a in seen} == {np.dtype(np.float32)}
+    assert all(c.k.dtype == c.v.dtype == np.float32 for c in cache or [])
+
+
+@pytest.mark.parametrize("function", ["gelu", "softmax"])
+def test_pico_stays_float32(function):
+    assert getattr(gpt2_pico, function)(np.ones((2, 3), dtype=np.float32)).dtype == np.float32
+
+
+def test_pico_logits_are_float32(tiny):
+    _, hparams, params = tiny
+    assert gpt2_pico.gpt2([1, 2, 3], **params, n_head=hparams["n_head"]).dtype == np.float32
+
+
+def test_nothing_writes_into_its_inputs(tiny):
+    """params are read-only views, so any write to them would raise; the activations are frozen here."""
+    _, hparams, params = tiny
+    x = np.random.default_rng(0).standard_normal((5, TINY["n_embd"]), dtype=np.float32)
+    x.flags.writeable = False
+    block = params["blocks"][0]
+    gpt2.transformer_block(x, **block, n_head=hparams["n_head"])
+    gpt2.gelu(x), gpt2.softmax(x), gpt2.layer_norm(x, **block["ln_1"]), gpt2.split_heads(x, 3)
+    gpt2.attention(x, x, x)
+
+
+def test_the_same_source_runs_on_jax(tiny):
+    jnp = pytest.importorskip("jax.numpy")
+    _, hparams, params = tiny
+    for module in (gpt2, gpt2_pico):
+        source = inspect.getsource(module).replace("import numpy as np", "import jax.numpy as np")
+        namespace = {"__name__": "on_jax"}
+        exec(compile(source, "on_jax", "exec"), namespace)
+        logits = namespace["gpt2"]([3, 1, 4, 1, 5], **params, n_head=hparams["n_head"])
+        assert isinstance(logits, type(jnp.zeros(1)))
+        assert logits.dtype == np.float32
+        ours = gpt2.gpt2([3, 1, 4, 1, 5], **params, n_head=hparams["n_head"])
+        np.testing.assert_allclose(logits, ours, rtol=1e-3, atol=1e-4)
+
+
+# generate
+
+
+def test_generate_leaves_its_argument_alone_and_takes_any_sequence(tiny):
+    _, hparams, params = tiny
+    ids = [3, 1, 4]
+    new = gpt2.generate(ids, params, hparams["n_head"], 5)
+    assert ids == [3, 1, 4]
+    assert len(new) == 5
+    assert all(type(i) is int for i in new)
+    for same in (tuple(ids), np.array(ids)):
+        assert gpt2.generate(same, params, hparams["n_head"], 5) == new
+
+
+def test_tokens_come_one_by_one(tiny, monkeypatch):
+    """Each new token costs one position, after one pass over the prompt."""
+    _, hparams, params = tiny
+    lengths, model = [], gpt2.gpt2
+    monkeypatch.setattr(gpt2, "gpt2", lambda ids, **rest: (lengths.append(len(ids)), model(ids, **rest))[1])
+    tokens = gpt2.generate_tokens([3, 1, 4], params, hparams["n_head"], 4)
+    assert lengths == []
+    next(tokens)
+    assert lengths == [3]
+    list(tokens)
+    assert lengths == [3, 1, 1, 1]
+
+
+def test_stop_id_ends_the_sequence_and_is_not_returned(tiny):
+    _, hparams, params = tiny
+    ids = gpt2.generate([7, 8, 9], params, hparams["n_head"], 20)
+    stop = next(i for i in ids if i != ids[0])
+    assert gpt2.generate([7, 8, 9], params, hparams["n_head"], 20, stop_id=stop) == ids[: ids.index(stop)]
+    assert gpt2.generate([7, 8, 9], params, hparams["n_head"], 20, stop_id=-1) == ids
+
+
+def test_sample_gets_the_last_logits(tiny):
+    _, hparams, params = tiny
+    seen = []
+    gpt2.generate([3, 1, 4], params, hparams["n_head"], 1, sample=lambda logits: (seen.append(logits), 0)[1])
+    expected = gpt2.gpt2([3, 1, 4], **params, n_head=hparams["n_head"])[-1]
+    np.testing.assert_allclose(seen[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_context_may_be_filled_but_not_exceeded(tiny):
+    _, hparams, params = tiny
+    n_ctx = TINY["n_ctx"]
+    assert len(gpt2.generate([1] * (n_ctx - 2), params, hparams["n_head"], 2)) == 2
+    assert gpt2.generate([1] * n_ctx, params, hparams["n_head"], 0) == []
+    with pytest.raises(ValueError, match=f"{n_ctx - 2} tokens and 3 more are {n_ctx + 1}.*context is {n_ctx}"):
+        gpt2.generate([1] * (n_ctx - 2), params, hparams["n_head"], 3)
+    with pytest.raises(ValueError, match="context"):
+        gpt2.gpt2([1] * (n_ctx + 1), **params, n_head=hparams["n_head"])
+    cache = [gpt2.KVCache(n_ctx + 1) for _ in params["blocks"]]
+    gpt2.gpt2([1] * n_ctx, **params, n_head=hparams["n_head"], cache=cache)
+    with pytest.raises(ValueError, match="context"):
+        gpt2.gpt2([1], **params, n_head=hparams["n_head"], cache=cache)
+
+
+def test_nothing_to_start_from(tiny):
+    _, hparams, params = tiny
+    with pytest.raises(ValueError, match="at least one token"):
+        gpt2.generate([], params, hparams["n_head"], 3)
+
+
+def test_pico_fits_its_promise():
+    source = inspect.getsource(gpt2_pico).splitlines()
+    assert sum(1 for line in source if line.strip() and not line.strip().startswith("#")) <= 60
+
+
+def test_wrong_weights_would_show(tiny, theirs):
+    """Every tensor matters: changing any one of them changes the logits beyond the tolerance used above."""
+    _, hparams, params = tiny
+    ids = random_ids(20).tolist()
+    expected = their_logits(theirs, [ids])[0]
+
+    def leaves(node, path=()):
+        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        if not items:
+            yield path
+        for key, child in items:
+            yield from leaves(child, (*path, key))
+
+    for path in leaves(params):
+        changed = copy.deepcopy(params)
+        *scopes, leaf = path
+        inner = changed
+        for key in scopes:
+            inner = inner[key]
+        inner[leaf] = np.roll(inner[leaf], 1, axis=-1)
+        logits = gpt2.gpt2(ids, **changed, n_head=hparams["n_head"])
+        difference = np.max(np.abs(logits - expected))
+        assert difference > 1e-3 or math.isnan(difference), path

@@ -1,0 +1,141 @@
+"""The shape comments of gpt2.py are true: each is checked against the arrays that pass by while the model runs.
+
+A comment `# [a, b] -> [c, d]` behind `def` states the array arguments in their order and the result; behind an
+assignment, what is assigned; behind a return, what is returned. Names are bound where they first appear in a call
+(n_seq, d) or are its integer variables (n_head); `...` is any number of leading axes, `each` a tuple of such arrays.
+"""
+
+import ast
+import inspect
+import re
+import sys
+
+import numpy as np
+import pytest
+
+import gpt2
+import sampling
+from tests.conftest import TINY
+
+COMMENT = re.compile(r"#\s*(?P<inputs>\[[^#]*\])?\s*->\s*(?P<result>\[[^\]]*\])")
+
+
+def shape_comments(module):
+    """{first line of a statement: (statement, shapes of the inputs, shape of the result)}"""
+    lines = inspect.getsource(module).splitlines()
+    comments = {}
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, ast.FunctionDef | ast.Assign | ast.Return):
+            last = node.body[0].lineno - 1 if isinstance(node, ast.FunctionDef) else node.end_lineno
+            found = next(filter(None, (COMMENT.search(line) for line in lines[node.lineno - 1 : last])), None)
+            if found:
+                comments[node.lineno] = (
+                    node,
+                    re.findall(r"\[([^\]]*)\]", found["inputs"] or ""),
+                    found["result"][1:-1],
+                )
+    return comments
+
+
+class Checker:
+    """A trace function that checks the comments of one module in every call, and keeps those it has checked."""
+
+    def __init__(self, module):
+        self.file, self.comments, self.checked = module.__file__, shape_comments(module), set()
+
+    def __call__(self, frame, event, _):
+        if frame.f_code.co_filename != self.file or frame.f_code.co_name.startswith("<"):
+            return None
+        sizes, pending = {}, []
+        node, inputs, _ = self.comments.get(frame.f_code.co_firstlineno, (None, None, None))
+        if is_definition := isinstance(node, ast.FunctionDef):
+            arrays = [a for arg in node.args.args if isinstance(a := frame.f_locals[arg.arg], np.ndarray | list)]
+            for shape, array in zip(inputs, arrays, strict=False):
+                self.match(np.shape(array), shape, frame, sizes)
+
+        def local(frame, event, value):
+            for line in pending:  # an assignment is complete when the next line begins
+                target = self.comments[line][0].targets[0]
+                names = [name.id for name in ast.walk(target) if isinstance(name, ast.Name)]
+                self.check(line, [frame.f_locals[name] for name in names], frame, sizes)
+            pending.clear()
+            statement = self.comments.get(frame.f_lineno, (None,))[0]
+            if event == "line" and isinstance(statement, ast.Assign):
+                pending.append(frame.f_lineno)
+            if event == "return" and value is not None:
+                if isinstance(statement, ast.Return):
+                    self.check(frame.f_lineno, [value], frame, sizes)
+                if is_definition and not frame.f_locals.get("last_only"):  # its docstring says what comes then
+                    self.check(node.lineno, value if isinstance(value, tuple) else [value], frame, sizes)
+            return local
+
+        return local
+
+    def check(self, line, arrays, frame, sizes):
+        for array in arrays:
+            self.match(np.shape(array), self.comments[line][2], frame, sizes)
+        self.checked.add(line)
+
+    def match(self, shape, stated, frame, sizes):
+        names = [name.strip() for name in stated.split(",")]
+        lead = names[0] == "..."
+        names = names[lead:]
+        if len(shape) != len(names) and not (lead and len(shape) > len(names)):
+            raise AssertionError(f"{frame.f_code.co_name}, line {frame.f_lineno}: [{stated}] is {shape}")
+        integers = {name: value for name, value in frame.f_locals.items() if type(value) is int}
+        for name, size in zip(names, shape[len(shape) - len(names) :], strict=True):
+            if name.isidentifier() and name not in integers:
+                expected = sizes.setdefault(name, size)
+            else:
+                expected = eval(name, {}, integers | sizes)
+            if expected != size:
+                message = f"line {frame.f_lineno}: [{stated}] is {shape}, and {name} should be {expected}"
+                raise AssertionError(f"{frame.f_code.co_name}, {message}")
+
+
+def traced(checker, run):
+    sys.settrace(checker)
+    try:
+        run()
+    finally:
+        sys.settrace(None)
+
+
+def run_model(tiny):
+    """One plain pass, a batch, and a prompt with tokens after it through a cache."""
+    _, hparams, params = tiny
+    ids = np.random.default_rng(0).integers(0, TINY["n_vocab"], (2, 7))
+    gpt2.gpt2(ids[0], **params, n_head=hparams["n_head"])
+    gpt2.gpt2(ids, **params, n_head=hparams["n_head"])
+    gpt2.generate(ids[0].tolist(), params, hparams["n_head"], 3)
+
+
+def test_the_shape_comments_of_the_model_are_true(tiny):
+    checker = Checker(gpt2)
+    traced(checker, lambda: run_model(tiny))
+    assert checker.checked == set(checker.comments)
+    assert len(checker.checked) > 25
+
+
+def test_the_shape_comments_of_sampling_are_true():
+    checker = Checker(sampling)
+    logits = np.arange(10, dtype=np.float32)
+    traced(checker, lambda: sampling.distribution(logits, top_k=5, top_p=0.9))
+    assert checker.checked == set(checker.comments)
+
+
+@pytest.mark.parametrize(
+    ("true", "false"),
+    [
+        ("[..., n_seq, 3*n_embd]", "[..., n_seq, 2*n_embd]"),
+        ("[..., n_q, n_k]", "[..., n_k, n_q]"),
+        ("[..., 1]", "[..., n]"),
+    ],
+)
+def test_a_false_comment_is_found(tiny, true, false):
+    checker = Checker(gpt2)
+    line = next(line for line, (node, _, result) in checker.comments.items() if f"[{result}]" == true)
+    node, inputs, _ = checker.comments[line]
+    checker.comments[line] = (node, inputs, false[1:-1])
+    with pytest.raises((AssertionError, NameError)):
+        traced(checker, lambda: run_model(tiny))
