@@ -1,13 +1,19 @@
-import os
 import pathlib
 
 import pytest
 
-from tests.random_model import random_tensors, write_hparams, write_safetensors, write_tf_checkpoint, write_vocabulary
+from tests.random_model import (
+    DATA,  # noqa: F401
+    copy_vocabulary,
+    random_tensors,
+    write_hparams,
+    write_safetensors,
+    write_tf_checkpoint,
+    write_vocabulary,
+)
 from utils import load_encoder_hparams_and_params
 
 ROOT = pathlib.Path(__file__).parent.parent
-DATA = pathlib.Path(os.environ.get("GPT2_TEST_DATA", ROOT.parent / "shared" / "data"))
 # n_embd is no multiple of 16: tensors that do not fill cache lines; every dimension differs from every other
 TINY = {"n_vocab": 400, "n_ctx": 128, "n_embd": 36, "n_head": 3, "n_layer": 2}
 PROMPTS = [
@@ -51,8 +57,7 @@ def tiny_release(tmp_path_factory, vocabulary_dir, tiny_tensors):
     """A folder with the seven files of a release in OpenAI's layout, of a tiny model with random weights."""
     path = tmp_path_factory.mktemp("release") / "tiny"
     path.mkdir()
-    for name in ("encoder.json", "vocab.bpe"):
-        (path / name).write_bytes((vocabulary_dir / name).read_bytes())
+    copy_vocabulary(path, vocabulary_dir)
     write_hparams(path, TINY)
     write_tf_checkpoint(path, tiny_tensors)
     return path
@@ -63,8 +68,7 @@ def tiny_models_dir(tmp_path_factory, vocabulary_dir, tiny_tensors):
     """A models_dir whose folder "tiny" is as the import leaves it, less the checkpoint: nothing needs TensorFlow."""
     path = tmp_path_factory.mktemp("models")
     (path / "tiny").mkdir()
-    for name in ("encoder.json", "vocab.bpe"):
-        (path / "tiny" / name).write_bytes((vocabulary_dir / name).read_bytes())
+    copy_vocabulary(path / "tiny", vocabulary_dir)
     write_safetensors(path / "tiny", TINY, tiny_tensors)
     return path
 

@@ -1,0 +1,106 @@
+"""What the benchmarks share: a model of 124M shape, the machine's read bandwidth, its name, and tables."""
+
+import functools
+import math
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import threading
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+
+from checkpoint import tensor_shapes  # noqa: E402
+from tests.random_model import (  # noqa: E402
+    DATA,
+    SIZE_124M,
+    copy_vocabulary,
+    random_tensors,
+    write_byte_vocabulary,
+    write_safetensors,
+)
+from utils import load_encoder_hparams_and_params  # noqa: E402
+
+MODELS_DIR, NAME = ROOT / "models", "random-124M"
+BYTES_A_TOKEN = 4 * sum(math.prod(shape) for name, shape in tensor_shapes(**SIZE_124M).items() if name != "wpe")
+
+
+def model_124m():
+    """(encoder, hparams, params) of models/random-124M, made at the first call: random weights, 498 MB, and OpenAI's
+    vocabulary where the tests' data are, else one of bytes (which loads faster)."""
+    folder = MODELS_DIR / NAME
+    if not (folder / "model.safetensors").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        if (DATA / "gpt2").exists():
+            copy_vocabulary(folder, DATA / "gpt2")
+        else:
+            write_byte_vocabulary(folder, SIZE_124M["n_vocab"])
+        write_safetensors(folder, SIZE_124M, random_tensors(SIZE_124M))
+    return load_encoder_hparams_and_params(NAME, str(MODELS_DIR))
+
+
+def random_ids(n):
+    return np.random.default_rng(n).integers(0, SIZE_124M["n_vocab"], n).tolist()
+
+
+def bandwidth(passes=3):
+    """Bytes a second that two threads read from a 500 MB array: the best of some passes of two ways to read it.
+
+    One way is np.max over integers, the other a product with a vector (BLAS), which is what decoding does.
+    """
+    buffer = read_buffer()
+    halves = np.array_split(buffer.reshape(-1).view(np.int64), 2)
+    row = np.ones((1, 768), dtype=np.float32)
+
+    def maximum():
+        threads = [threading.Thread(target=np.max, args=(half,)) for half in halves]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    return buffer.nbytes / min(seconds(way) for way in (maximum, lambda: row @ buffer) for _ in range(passes))
+
+
+@functools.cache
+def read_buffer():
+    return np.ones((768, 500_000_000 // 4 // 768), dtype=np.float32)
+
+
+def seconds(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def median(values):
+    return statistics.median(values)
+
+
+def machine():
+    """One line: processor, cores, memory, Python, NumPy, day."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
+    return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB, {versions}, {time.strftime('%Y-%m-%d')}"
+
+
+def table(head, rows):
+    """Prints a Markdown table with columns of even width."""
+    cells = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
+    print("\n".join(lines), flush=True)

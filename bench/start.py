@@ -1,0 +1,52 @@
+"""What a warm start costs: python bench/start.py [ROUNDS]
+
+The whole process that prints one token after a 32-token prompt, beside a process that only imports NumPy, in turns;
+and the peak of its private memory (anonymous pages: the memory-mapped weights are not among them). Linux only.
+"""
+
+import pathlib
+import subprocess
+import sys
+import time
+
+from common import MODELS_DIR, NAME, ROOT, machine, median, model_124m, table
+
+
+def wall(command):
+    start = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def peak_private_mb(command):
+    """The largest RssAnon that a poll every millisecond or so sees."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    status, peak = pathlib.Path(f"/proc/{process.pid}/status"), 0
+    while process.poll() is None:
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("RssAnon:"):
+                peak = max(peak, int(line.split()[1]))
+        time.sleep(0.0005)
+    return peak * 1024 / 1e6
+
+
+def main():
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 15
+    encoder, *_ = model_124m()
+    prompt = " ".join(["word"] * 32)
+    n_prompt = len(encoder.encode(prompt))
+    python = sys.executable
+    script = [python, str(ROOT / "gpt2.py"), prompt, "--model_size", NAME, "--models_dir", str(MODELS_DIR)]
+    ours, theirs = [*script, "--n_tokens_to_generate", "1"], [python, "-c", "import numpy"]
+    for command in (ours, theirs):
+        wall(command)
+    pairs = [(wall(ours), wall(theirs)) for _ in range(rounds)]
+    a, b = zip(*pairs, strict=True)
+    ratio = median(x / y for x, y in pairs)
+    print(f"{machine()}; {n_prompt}-token prompt, 1 token, medians of {rounds} rounds in turns")
+    head = ["warm start s", "import numpy s", "ratio", "peak private MB"]
+    table(head, [[f"{median(a):.3f}", f"{median(b):.3f}", f"{ratio:.2f}", f"{peak_private_mb(ours):.0f}"]])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The whole way at 124M shape: OpenAI's layout written by TensorFlow, imported, and compared with transformers.
+
+Random weights, real shapes; 2 GB on disk for a minute. Not run by default: pytest -m full_size
+"""
+
+import numpy as np
+import pytest
+import torch
+
+import gpt2
+import gpt2_pico
+from encoder import END_OF_TEXT
+from tests.conftest import DATA, PROMPTS
+from tests.random_model import (
+    SIZE_124M,
+    copy_vocabulary,
+    random_tensors,
+    write_byte_vocabulary,
+    write_hparams,
+    write_tf_checkpoint,
+)
+from tests.test_gpt2 import assert_same_ids, their_logits
+from utils import load_encoder_hparams_and_params
+
+pytestmark = pytest.mark.full_size
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "full"
+    path.mkdir()
+    if (DATA / "gpt2").exists():
+        copy_vocabulary(path, DATA / "gpt2")
+    else:
+        write_byte_vocabulary(path, SIZE_124M["n_vocab"])
+    write_hparams(path, SIZE_124M)
+    write_tf_checkpoint(path, random_tensors(SIZE_124M))
+    return path
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    return load_encoder_hparams_and_params("full", str(folder.parent))
+
+
+@pytest.fixture(scope="module")
+def theirs(folder, ours):
+    from transformers import GPT2LMHeadModel
+
+    return GPT2LMHeadModel.from_pretrained(folder).eval()
+
+
+def test_the_file_is_as_large_as_openais(folder):
+    assert (folder / "model.ckpt.data-00000-of-00001").stat().st_size == 497_759_232
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_logits_and_64_greedy_ids(ours, theirs, prompt):
+    encoder, hparams, params = ours
+    ids = encoder.encode(prompt) or [encoder.encoder[END_OF_TEXT]]
+    expected = their_logits(theirs, [ids])[0]
+    logits = gpt2.gpt2(ids, **params, n_head=hparams["n_head"])
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    options = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    new = theirs.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist()
+    assert_same_ids(
+        gpt2.generate(ids, params, hparams["n_head"], 64),
+        new,
+        lambda i: their_logits(theirs, [ids + new[:i]])[0, -1],
+    )
+
+
+def test_pico_gives_the_same_ids(ours):
+    encoder, hparams, params = ours
+    ids = encoder.encode(PROMPTS[0])
+    assert gpt2_pico.generate(ids, params, hparams["n_head"], 8) == gpt2.generate(ids, params, hparams["n_head"], 8)
+
+
+def test_a_full_context(ours, theirs):
+    _, hparams, params = ours
+    ids = np.random.default_rng(0).integers(0, SIZE_124M["n_vocab"], 1000).tolist()
+    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    new = theirs.generate(torch.tensor([ids]), **options)[0, 1000:].tolist()
+    assert_same_ids(
+        gpt2.generate(ids, params, hparams["n_head"], 24),
+        new,
+        lambda i: their_logits(theirs, [ids + new[:i]])[0, -1],
+    )
