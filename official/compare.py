@@ -1,0 +1,279 @@
+"""Compares this GPT-2 with OpenAI's own code on the same weights: token ids, greedy continuations, logits.
+
+    python official/compare.py --official_repo ../openai-gpt-2 --clone
+
+OpenAI's code runs unmodified (theirs.py), in a process of its own and on the CPU, from the TensorFlow checkpoint; ours
+runs from what we imported. Exit codes: 0 the same ids, 1 different ids, 2 a mistake that one line explains.
+"""
+
+import itertools
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import numpy as np
+from tqdm import tqdm
+
+from cli import EXIT_INTERRUPTED, EXIT_MISTAKE, Parser, describe, positive_number
+from errors import UserError
+from gpt2 import generate, gpt2
+from utils import checkpoint_prefix, find_model_dir, is_downloadable, load_encoder_hparams_and_params
+
+EXIT_DIFFERENT = 1
+URL, COMMIT = "https://github.com/openai/gpt-2", "9b63575ef42771a015060c964af2c3da4cf7c8ab"
+THEIRS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "theirs.py")
+
+CODE = """def mean(numbers):
+    if not numbers:\treturn None  # nothing to divide by
+    return sum(n * 1.0 for n in numbers) / len(numbers)
+
+print(f"{mean([1, 2, 3.5]):.2f}")
+"""
+SENTENCE = "On day {} the ship's log says that the wind blew from the west, and that nobody aboard slept before dawn.\n"
+PROMPTS = {
+    "Turing": "Alan Turing theorized that computers would one day become",
+    "one letter": "A",
+    "non-ASCII": "Das Mädchen aß früh — “naïve” Привет, мир; 人工知能 ｶﾅ e\u0301 ½ 🙂👩\u200d🚀\u00a0fin",
+    "spacing": "  I'LL  say they'll, don't\t\n\n \r\n 1234567 ...?!  x²  <|endoftext|>   ",
+    "code": CODE,
+    "long": "".join(SENTENCE.format(day) for day in range(1, 26)),
+}
+
+
+def make_parser():
+    parser = Parser(prog="official/compare.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--official_repo", required=True, metavar="PATH", help=f"a checkout of {URL} at commit {COMMIT[:7]}")
+    add("--clone", action="store_true", help="let git make that checkout first, if it is not there")
+    add("--model_size", default="124M", help="the model, as for gpt2.py (default 124M)")
+    add("--models_dir", default="models", metavar="DIR", help="where the model folders are (default models)")
+    add("--n_tokens_to_generate", type=positive_number, default=40, metavar="N", help="tokens a prompt (default 40)")
+    add("--prompt", metavar="TEXT", help="one more prompt, after the fixed ones")
+    return parser
+
+
+def main(argv=None):
+    """Runs the command line argv (default sys.argv[1:]) and returns its exit code."""
+    try:
+        return run(make_parser().parse_args(argv))
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except (UserError, OSError, MemoryError) as error:
+        print(f"official/compare.py: error: {describe(error)}", file=sys.stderr)
+        return EXIT_MISTAKE
+
+
+def run(options):
+    official_repo, models_dir = (os.path.expanduser(path) for path in (options.official_repo, options.models_dir))
+    check_checkout(os.path.normpath(official_repo), options.clone)
+    encoder, hparams, params = load_encoder_hparams_and_params(options.model_size, models_dir)
+    model_dir = find_model_dir(options.model_size, models_dir)
+    check_release_files(options.model_size, model_dir)
+    prompts = choose_prompts(options.prompt, encoder, hparams["n_ctx"], options.n_tokens_to_generate)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = run_theirs(official_repo, model_dir, prompts, options.n_tokens_to_generate, folder)
+        print_heading(options, theirs[0]["tensorflow"])
+        explanations = []
+        for i, (name, prompt) in enumerate(
+            tqdm(prompts.items(), desc="ours", unit="prompt", leave=False, disable=None)
+        ):
+            their_logits = np.load(os.path.join(folder, f"{i}.npy"), mmap_mode="r")
+            ours, our_logits = answer(prompt, encoder, hparams, params, options.n_tokens_to_generate)
+            row = (name, *compare(theirs[i], their_logits, ours, our_logits))
+            tqdm.write(ROW.format(*row))
+            explanations += explain(name, theirs[i], their_logits, ours, our_logits, encoder)
+    print("\nspread: the standard deviation of OpenAI's logits over the vocabulary, the mean of all prompt positions\n")
+    print("\n".join(explanations) or "identical")
+    return EXIT_DIFFERENT if explanations else 0
+
+
+# What is compared with: OpenAI's code, and the files it reads
+
+
+def check_checkout(path, clone):
+    """Raises UserError, with the git commands that help, unless path is OpenAI's code at COMMIT, unchanged.
+
+    clone: where a clone or a checkout of the commit helps, do it instead.
+    """
+    checkout = ["git", "-C", path, "checkout", COMMIT]
+    if not os.path.exists(path) or (os.path.isdir(path) and not os.listdir(path)):
+        mend(f"no checkout at {path}", [["git", "clone", URL, path], checkout], clone)
+    elif not os.path.exists(os.path.join(path, ".git")):
+        new = f"{path}-{COMMIT[:7]}"
+        commands = [["git", "clone", URL, new], ["git", "-C", new, "checkout", COMMIT]]
+        raise UserError(f"{path} is not a git checkout; name a new folder: {join_commands(commands)}")
+    head = git(["git", "-C", path, "rev-parse", "HEAD"])
+    if head != COMMIT:
+        mend(f"{path} is at commit {head[:7]}, not {COMMIT[:7]}", [checkout], clone)
+    changed = git(["git", "-C", path, "diff", "--name-only", COMMIT, "--", "src"]).split("\n")[0]
+    if changed:
+        raise UserError(f"{path}: {changed} is not OpenAI's any more; run: {join_commands([[*checkout, '--', 'src']])}")
+
+
+def mend(problem, commands, allowed):
+    """Runs git commands that solve a problem, or raises UserError naming both where that is not allowed."""
+    if not allowed:
+        raise UserError(f"{problem}; run (or add --clone): {join_commands(commands)}")
+    for command in commands:
+        git(command)
+
+
+def join_commands(commands):
+    return " && ".join(map(shlex.join, commands))
+
+
+def git(command):
+    """What a git command prints; raises UserError with the last line of its complaint when it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    except FileNotFoundError:
+        raise UserError("git is needed and not installed; install it, then run the same command again") from None
+    if done.returncode:
+        raise UserError(f"{shlex.join(command)} failed ({last_line(done.stderr)}); run it by hand")
+    return done.stdout.strip()
+
+
+def last_line(text):
+    return text.strip().rpartition("\n")[2].strip()
+
+
+def check_release_files(model_size, model_dir):
+    """Raises UserError unless the folder still has the files OpenAI's code reads; ours needs only the import."""
+    lacking = [
+        name
+        for name in ("hparams.json", "encoder.json", "vocab.bpe")
+        if not os.path.exists(os.path.join(model_dir, name))
+    ]
+    if not checkpoint_prefix(model_dir):
+        lacking.append("the TensorFlow checkpoint (checkpoint, model.ckpt.*)")
+    if lacking:
+        remedy = ", or give --models_dir a new folder to download them into" if is_downloadable(model_size) else ""
+        raise UserError(f"{model_dir} lacks {', '.join(lacking)}, which OpenAI's code reads; put them back{remedy}")
+
+
+# What both are asked
+
+
+def choose_prompts(extra, encoder, n_ctx, n_new):
+    """The fixed prompts, cut to what fits the model's context with n_new more tokens, and the extra one as it is."""
+    room = n_ctx - n_new
+    if room < 1:
+        raise UserError(f"--n_tokens_to_generate {n_new} leaves no room for a prompt in the {n_ctx} of the context")
+    prompts = {name: shorten(prompt, encoder, room) for name, prompt in PROMPTS.items()}
+    if extra is not None:
+        if not extra:
+            raise UserError("--prompt is empty; OpenAI's code takes no empty prompt, so give some text")
+        n_extra = len(encoder.encode(extra))
+        if n_extra > room:
+            raise UserError(
+                f"--prompt has {n_extra} tokens, and {n_new} to generate leave {room} of the model's {n_ctx}"
+            )
+        prompts["--prompt"] = extra
+    return {name: prompt for name, prompt in prompts.items() if prompt}
+
+
+def shorten(text, encoder, room):
+    """The beginning of text, cut until it has at most `room` tokens."""
+    while (n_tokens := len(encoder.encode(text))) > room:
+        text = text[: len(text) * room // n_tokens]
+    return text
+
+
+def run_theirs(official_repo, model_dir, prompts, n_new, folder):
+    """OpenAI's answers, a dict a prompt (see theirs.py); their logits go to folder/0.npy, 1.npy, ..."""
+    models_dir, model_name = os.path.split(os.path.abspath(model_dir))
+    request = {
+        "official_repo": os.path.abspath(official_repo),
+        "models_dir": models_dir,
+        "model_name": model_name,
+        "prompts": list(prompts.values()),
+        "n_tokens_to_generate": n_new,
+        "logits_dir": folder,
+    }
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as stdin, tempfile.TemporaryFile() as stderr:
+        json.dump(request, stdin)
+        stdin.seek(0)
+        # no GPU, which would multiply matrices in TF32; UTF-8, for their encoder.py opens encoder.json in the locale's
+        env = os.environ | {"CUDA_VISIBLE_DEVICES": "-1", "PYTHONUTF8": "1"}
+        command = [sys.executable, THEIRS]
+        with subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, env=env) as child:
+            lines = tqdm(child.stdout, "OpenAI's", total=len(prompts), unit="prompt", leave=False, disable=None)
+            answers = [json.loads(line) for line in lines]
+        if child.returncode:
+            stderr.seek(0)
+            complaint = last_line(stderr.read().decode("utf-8", "replace")) or f"exit status {child.returncode}"
+            raise UserError(f"OpenAI's code failed on {model_dir}: {complaint}")
+    return answers
+
+
+def answer(prompt, encoder, hparams, params, n_new):
+    """Our ids and new ids as theirs.py gives them, and the logits of one pass over both (less the last)."""
+    ids = encoder.encode(prompt)
+    new_ids = generate(ids, params, hparams["n_head"], n_new)
+    return {"ids": ids, "new_ids": new_ids}, gpt2(ids + new_ids[:-1], **params, n_head=hparams["n_head"])
+
+
+# What is said about it
+
+ROW = "{:<12} {:>6}  {:<10} {:>12}  {:>18} {:>10}"
+
+
+def print_heading(options, tensorflow):
+    versions = f"OpenAI's {COMMIT[:7]} on TensorFlow {tensorflow}, ours on NumPy {np.__version__}"
+    print(f"{options.model_size}, {options.n_tokens_to_generate} tokens, greedy; {versions}\n")
+    print(ROW.format("prompt", "tokens", "tokenizer", "greedy ids", "largest difference", "of spread"))
+
+
+def compare(theirs, their_logits, ours, our_logits):
+    """The columns behind the prompt's name: how far ids agree, and how far the logits at the prompt are apart."""
+    n_prompt, n_new = len(theirs["ids"]), len(theirs["new_ids"])
+    if theirs["ids"] != ours["ids"]:
+        return n_prompt, "different", "-", "-", "-"
+    n_same = first_difference(theirs["new_ids"], ours["new_ids"])
+    largest = np.max(np.abs(our_logits[:n_prompt] - their_logits[:n_prompt]))
+    spread = np.mean(np.std(their_logits[:n_prompt], axis=-1))
+    same = f"{n_new if n_same is None else n_same} of {n_new}"
+    return n_prompt, "identical", same, f"{largest:.2e}", f"{largest / spread:.1e}"
+
+
+def first_difference(a, b):
+    """The first index at which two lists differ, None when they are equal."""
+    pairs = enumerate(itertools.zip_longest(a, b))
+    return next((i for i, (x, y) in pairs if x != y), None)
+
+
+def explain(name, theirs, their_logits, ours, our_logits, encoder):
+    """Lines about the first token that differs, with the two largest logits of each side; none if all are equal."""
+    i = first_difference(theirs["ids"], ours["ids"])
+    if i is not None:
+        their_id, our_id = (show_token(ids[i : i + 1], encoder) for ids in (theirs["ids"], ours["ids"]))
+        return [f"different: {name}: token {i + 1} of the prompt is {their_id} in OpenAI's code, {our_id} in ours"]
+    i = first_difference(theirs["new_ids"], ours["new_ids"])
+    if i is None:
+        return []
+    row = len(ours["ids"]) - 1 + i  # the logits that chose new id i
+    return [
+        f"different: {name}: generated token {i + 1} of {len(theirs['new_ids'])}",
+        f"  OpenAI's {show_choice(theirs['new_ids'][i], their_logits[row], encoder)}",
+        f"  ours     {show_choice(ours['new_ids'][i], our_logits[row], encoder)}",
+    ]
+
+
+def show_choice(chosen, logits, encoder):
+    first, second = np.argsort(-logits, kind="stable")[:2].tolist()
+    top = ", ".join(f"{show_token([i], encoder)} {logits[i]:.6f}" for i in (first, second))
+    return f"took {show_token([chosen], encoder)}; largest logits: {top}; gap {logits[first] - logits[second]:.2e}"
+
+
+def show_token(ids, encoder):
+    """An id with its text, both in ASCII, from a list of one; nothing from an empty one."""
+    return f"{ids[0]} {encoder.decode(ids)!a}" if ids else "nothing"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
