@@ -11,6 +11,7 @@ import re
 import numpy as np
 
 from errors import CorruptFile, UserError
+from files import read_json, replacing
 
 
 def load_hparams(model_dir):
@@ -29,17 +30,6 @@ def load_hparams(model_dir):
         n_embd, n_head = hparams["n_embd"], hparams["n_head"]
         raise UserError(f"{path}: n_embd {n_embd} is not a multiple of n_head {n_head}; correct it")
     return hparams
-
-
-def read_json(path):
-    try:
-        with open(path, encoding="utf-8") as f:
-            found = json.load(f)
-    except ValueError as error:
-        raise CorruptFile(path, error) from None
-    if not isinstance(found, dict):
-        raise CorruptFile(path, "not a JSON object")
-    return found
 
 
 def hparams_from_config(path, config):
@@ -116,7 +106,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     except ImportError as error:
         raise UserError(f"importing {tf_ckpt_path} takes TensorFlow ({error}); pip install tensorflow") from None
 
-    damage = (tf.errors.OpError, ValueError, RuntimeError)
+    damage = (tf.errors.OpError, ValueError, RuntimeError, IndexError)  # the last for a file cut short
     try:
         reader = tf.train.load_checkpoint(tf_ckpt_path)
         dtypes, shapes = reader.get_variable_to_dtype_map(), reader.get_variable_to_shape_map()
@@ -164,21 +154,6 @@ def check_tensor(path, name, shape, dtype, expected_shape, expected_dtype):
         )
     if dtype != expected_dtype:
         raise UserError(f"{path}: {name} is {dtype}; only {expected_dtype} is run here: convert the file")
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A binary file that takes path's place when all of it is written, and leaves nothing behind when it is not."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as f:
-            yield f
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); make room, or choose another --models_dir") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
 
 
 def save_params(model_dir, params, hparams, end_of_text=None):

@@ -1,5 +1,6 @@
 """Fetch a file over HTTP so that it is either whole or not there: resumed, retried, checked, renamed at the end."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -10,7 +11,7 @@ from errors import UserError
 TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
 ATTEMPTS = 5  # in a row without a new byte
 BACK_OFF = 1.0  # seconds before the second attempt, doubled before each one after it
-CHUNK = 2**20  # bytes
+CHUNK = 2**14  # bytes; what a broken connection has brought of one is lost
 
 
 def download_file(url, path, size=None, sha256=None):
@@ -23,11 +24,10 @@ def download_file(url, path, size=None, sha256=None):
     """
     import requests
 
-    failures, reason = 0, ""
+    failures, reason, reached = 0, "", size_of(path + ".part")
     while failures < ATTEMPTS:
         if failures:
             time.sleep(BACK_OFF * 2 ** (failures - 1))
-        before = size_of(path + ".part")
         try:
             fetch_rest(url, path, size)
             return finish(url, path, size, sha256)
@@ -37,7 +37,8 @@ def download_file(url, path, size=None, sha256=None):
                 break
         except OSError as error:
             raise UserError(f"cannot write {path}.part ({error.strerror}); make room, or set --models_dir") from None
-        failures = 1 if size_of(path + ".part") > before else failures + 1
+        failures = failures + 1 if size_of(path + ".part") <= reached else 1
+        reached = max(reached, size_of(path + ".part"))
     raise UserError(
         f"cannot fetch {url} ({reason}); check the network and run the same command again, "
         "or set GPT2_BASE_URL to a mirror"
@@ -53,30 +54,46 @@ def fetch_rest(url, path, size):
     have = size_of(part)
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        if response.status_code == 416:  # nothing after `have`: either the part is whole or it is of another file
-            there = response.headers.get("Content-Range", "").rpartition("/")[2]
-            if there == str(have):
-                return
-            os.remove(part)
-            raise requests.ConnectionError(f"{have} bytes here, {there or 'fewer'} there")
-        if 400 <= response.status_code < 500 and response.status_code not in (408, 429):
-            what = f"the server answers {response.status_code} {response.reason}"
-            raise UserError(f"{url} cannot be had ({what}); check the model's name and GPT2_BASE_URL")
-        response.raise_for_status()
-        if not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            have = 0  # the server sends the whole file
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length else size
+        begin = offset(response, part, have)
+        if begin is None:
+            return
+        length = response.headers.get("Content-Length", "")
+        total = begin + int(length) if length.isdecimal() else size
         if size is not None and total != size:
             raise UserError(f"{url} has {total} bytes, OpenAI's has {size}; check GPT2_BASE_URL, then try again")
-        check_space(path, (total or 0) - have)
-        bar = tqdm(desc=os.path.basename(path), total=total, initial=have, unit="B", unit_scale=True, disable=None)
-        with bar, open(part, "ab" if have else "wb") as f:
+        check_space(path, (total or 0) - begin)
+        bar = tqdm(desc=os.path.basename(path), total=total, initial=begin, unit="B", unit_scale=True, disable=None)
+        with bar, open(part, "ab" if begin else "wb") as f:
             for chunk in response.iter_content(CHUNK):
                 f.write(chunk)
                 bar.update(len(chunk))
     if total is not None and size_of(part) != total:
         raise requests.ConnectionError(f"{size_of(part)} of {total} bytes came")
+
+
+def offset(response, part, have):
+    """Where in the file the response begins: at `have`, as was asked, or at 0 from a server without Range; None when
+    the `have` bytes are all there are.
+
+    Raises ConnectionError where another attempt may help, UserError where it will not.
+    """
+    import requests
+
+    status, content_range = response.status_code, response.headers.get("Content-Range", "")
+    if status == 200:
+        return 0
+    if status == 206 and content_range.startswith(f"bytes {have}-"):
+        return have
+    if status == 416 and content_range == f"bytes */{have}":
+        return None
+    if status in (206, 416):
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        raise requests.ConnectionError(f"the server has {content_range or 'no'} bytes, not those from {have} on")
+    if status in (408, 429) or status >= 500:
+        response.raise_for_status()
+    what = f"the server answers {status} {response.reason}"
+    raise UserError(f"{response.url} cannot be had ({what}); check the model's name and GPT2_BASE_URL")
 
 
 def finish(url, path, size, sha256):

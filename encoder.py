@@ -8,12 +8,12 @@ string has an encoding, and decode(encode(text)) == text.
 import codecs
 import functools
 import heapq
-import json
 import os
 
 import regex
 
 from errors import CorruptFile, UserError
+from files import read_json
 
 PATTERN = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 END_OF_TEXT = "<|endoftext|>"
@@ -131,13 +131,10 @@ def get_encoder(model_name, models_dir):
 
 
 def read_vocabulary(path):
-    try:
-        with open(path, encoding="utf-8") as f:
-            vocabulary = json.load(f)
-    except ValueError as error:
-        raise CorruptFile(path, error) from None
-    if not isinstance(vocabulary, dict) or not all(isinstance(i, int) for i in vocabulary.values()):
-        raise CorruptFile(path, "not a JSON object from token to id")
+    vocabulary = read_json(path)
+    wrong = next((symbol for symbol, i in vocabulary.items() if type(i) is not int or i < 0), None)
+    if wrong is not None:
+        raise CorruptFile(path, f"{wrong[:40]!r} has no id but {vocabulary[wrong]!r}")
     return vocabulary
 
 
@@ -149,6 +146,6 @@ def read_merges(path):
         raise CorruptFile(path, error) from None
     merges = lines[1:] if lines[0].startswith("#version") else lines
     wrong = next((merge for merge in merges if merge.count(" ") != 1), None)
-    if wrong and merges != [""]:
+    if wrong is not None:
         raise CorruptFile(path, f"not two symbols: {wrong[:40]!r}")
     return merges

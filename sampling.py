@@ -30,7 +30,8 @@ def top_p_keep(probs, p):  # [n_vocab] -> [n_vocab] of bool
 def distribution(logits, temperature=1.0, top_k=0, top_p=1.0):  # [n_vocab] -> [n_vocab]
     """The probability of each token being drawn, in float64: over a whole vocabulary float32 sums would drift."""
     logits = logits.astype(np.float64)
-    logits = (logits - np.max(logits)) / temperature
+    with np.errstate(over="ignore"):  # at a tiny temperature all but the largest become -inf, as they should
+        logits = (logits - np.max(logits)) / temperature
     probs = softmax(np.where(top_k_keep(logits, top_k), logits, -np.inf))
     probs = np.where(top_p_keep(probs, top_p), probs, 0)
     return probs / np.sum(probs)

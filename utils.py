@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import urllib.parse
 
 from checkpoint import load_gpt2_params_from_tf_ckpt, load_hparams, load_params, save_params, tensor_shapes
 from download import check_space, download_file
@@ -78,7 +79,7 @@ def load_encoder_hparams_and_params(model_size, models_dir):
 def find_model_dir(model_size, models_dir):
     """The path of the model's folder; raises UserError when it would lie outside models_dir or cannot be had."""
     parts = re.split(r"[/\\]", model_size)
-    if {"", ".", ".."} & set(parts) or re.search(r"[\0:]", model_size):
+    if {"", ".", ".."} & set(parts) or re.search(r"[\x00-\x1f\x7f:]", model_size):
         raise UserError(f"model_size {model_size!r} does not name a folder under {models_dir}; try 124M")
     model_dir = os.path.join(models_dir, *parts)
     if not os.path.isdir(model_dir) and not is_downloadable(model_size):
@@ -89,7 +90,7 @@ def find_model_dir(model_size, models_dir):
 
 
 def is_downloadable(model_size):
-    return model_size in N_PARAMS or "GPT2_BASE_URL" in os.environ
+    return model_size in N_PARAMS or bool(os.environ.get("GPT2_BASE_URL"))
 
 
 def checkpoint_prefix(model_dir):
@@ -127,13 +128,14 @@ def prepare_model(model_size, models_dir):
     if missing_files(model_dir) and not is_downloadable(model_size):
         raise UserError(f"{model_dir} lacks {', '.join(missing_files(model_dir))}; put what is missing there")
     try:
-        os.makedirs(model_dir, exist_ok=True)
+        os.makedirs(models_dir, exist_ok=True)
         lock = FileLock(os.path.join(models_dir, ".lock"))
         try:
             lock.acquire(timeout=0)
         except Timeout:
             say(f"waiting for another process that is preparing a model in {models_dir}")
             lock.acquire()
+        os.makedirs(model_dir, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {models_dir} ({error.strerror}); choose another --models_dir") from None
     try:
@@ -143,7 +145,7 @@ def prepare_model(model_size, models_dir):
             import_checkpoint(model_size, models_dir)
     finally:
         with contextlib.suppress(OSError):
-            os.rmdir(model_dir)  # only if nothing came
+            os.removedirs(model_dir)  # only if nothing came
         lock.release()
 
 
@@ -152,23 +154,28 @@ def download_gpt2_files(model_size, model_dir):
 
     Raises UserError when a file cannot be had or is not the one OpenAI published.
     """
-    base_url = os.environ.get("GPT2_BASE_URL", BASE_URL).rstrip("/")
+    base_url = (os.environ.get("GPT2_BASE_URL") or BASE_URL).rstrip("/")
     say(f"downloading {model_size} from {base_url} to {model_dir}")
     if DATA_FILE in missing_files(model_dir):
         check_space(os.path.join(model_dir, DATA_FILE), 2 * 4 * N_PARAMS.get(model_size, 0))  # and its imported copy
     for name in missing_files(model_dir):
         size, sha256 = RELEASED.get(model_size, {}).get(name, (None, None))
-        download_file(f"{base_url}/{model_size}/{name}", os.path.join(model_dir, name), size, sha256)
+        download_file(
+            f"{base_url}/{urllib.parse.quote(model_size)}/{name}", os.path.join(model_dir, name), size, sha256
+        )
 
 
 def import_checkpoint(model_size, models_dir):
     """Writes model.safetensors and config.json from the folder's TensorFlow checkpoint."""
     model_dir = find_model_dir(model_size, models_dir)
     say(f"importing {model_dir} through TensorFlow, once")
+    prefix = checkpoint_prefix(model_dir)
+    if not prefix:
+        raise CorruptFile(os.path.join(model_dir, "checkpoint"), "it names no checkpoint that is there")
     hparams, end_of_text = load_hparams(model_dir), get_encoder(model_size, models_dir).encoder.get(END_OF_TEXT)
     n_bytes = sum(4 * math.prod(shape) for shape in tensor_shapes(**hparams).values())
     check_space(os.path.join(model_dir, "model.safetensors"), n_bytes)
-    save_params(model_dir, load_gpt2_params_from_tf_ckpt(checkpoint_prefix(model_dir), hparams), hparams, end_of_text)
+    save_params(model_dir, load_gpt2_params_from_tf_ckpt(prefix, hparams), hparams, end_of_text)
 
 
 def say(message):

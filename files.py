@@ -1,0 +1,33 @@
+"""Files read and written whole: JSON objects in, anything out by way of a temporary file."""
+
+import contextlib
+import json
+import os
+
+from errors import CorruptFile, UserError
+
+
+def read_json(path):
+    """The object in a JSON file; raises CorruptFile when there is something else."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFile(path, error) from None
+    if not isinstance(found, dict):
+        raise CorruptFile(path, "not a JSON object")
+    return found
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file that takes path's place when all of it is written, and leaves nothing behind when it is not."""
+    try:
+        with open(path + ".tmp", "wb") as f:
+            yield f
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); make room, or choose another --models_dir") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
