@@ -38,7 +38,6 @@ def hparams_from_config(path, config):
         "model_type": ("gpt2",),
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
         "layer_norm_epsilon": (1e-5,),
-        "n_inner": (None, 4 * config.get("n_embd", 0)),
         "tie_word_embeddings": (True,),
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
@@ -47,6 +46,9 @@ def hparams_from_config(path, config):
     for name, accepted in required.items():
         if config.get(name, accepted[0]) not in accepted:
             raise UserError(f"{path}: {name} is {config[name]!r}; only GPT-2 is run here, which has {accepted[0]!r}")
+    n_inner, n_embd = config.get("n_inner"), config.get("n_embd")
+    if n_inner is not None and isinstance(n_embd, int) and n_inner != 4 * n_embd:
+        raise UserError(f"{path}: n_inner is {n_inner!r}; only GPT-2 is run here, which has 4*n_embd = {4 * n_embd}")
     return config | {"n_vocab": config.get("vocab_size"), "n_ctx": config.get("n_positions", config.get("n_ctx"))}
 
 
@@ -112,13 +114,14 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
         dtypes, shapes = reader.get_variable_to_dtype_map(), reader.get_variable_to_shape_map()
     except damage as error:
         raise CorruptFile(tf_ckpt_path + ".index", first_line(error)) from None
-    expected = tensor_shapes(**hparams)
-    check_names(tf_ckpt_path, expected, [name.removeprefix("model/") for name in shapes])
+    expected = {f"model/{name}": shape for name, shape in tensor_shapes(**hparams).items()}
+    check_names(tf_ckpt_path, expected, shapes)
     tensors = {}
     for name, shape in expected.items():
-        check_tensor(tf_ckpt_path, name, shapes[f"model/{name}"], dtypes[f"model/{name}"].name, shape, "float32")
+        found = shapes[name][1:] if name.endswith("/w") else shapes[name]  # [1, n_in, n_out]: they were convolutions
+        check_tensor(tf_ckpt_path, name, found, dtypes[name].name, shape, "float32")
         try:
-            tensors[name] = reader.get_tensor(f"model/{name}").reshape(shape)
+            tensors[name.removeprefix("model/")] = reader.get_tensor(name).reshape(shape)
         except damage as error:
             raise CorruptFile(tf_ckpt_path + ".data-00000-of-00001", f"{name}: {first_line(error)}") from None
     return nest(tensors, hparams["n_layer"])
@@ -148,7 +151,7 @@ def check_names(path, expected, found):
 
 
 def check_tensor(path, name, shape, dtype, expected_shape, expected_dtype):
-    if [n for n in shape if n != 1] != [n for n in expected_shape if n != 1]:
+    if list(shape) != list(expected_shape):
         raise UserError(
             f"{path}: {name} has shape {list(shape)}, its hparams say {list(expected_shape)}; correct the hparams"
         )
@@ -201,17 +204,28 @@ def save_safetensors(path, tensors):
 
 
 def open_safetensors(path):
-    """The header's entries by tensor name, and the bytes behind it as one memory-mapped array."""
+    """The header's entries by tensor name, and the bytes behind it as one memory-mapped array.
+
+    Raises CorruptFile unless every entry has a dtype, a shape and its own span of bytes, and the spans fill the file.
+    """
     size = os.path.getsize(path)
     try:
         with open(path, "rb") as f:
             n_header = int.from_bytes(f.read(8), "little")
             header = json.loads(f.read(min(n_header, size)))
         header.pop("__metadata__", None)
-        n_data = max(entry["data_offsets"][1] for entry in header.values() if entry["dtype"] and entry["shape"])
-    except (ValueError, LookupError, TypeError, AttributeError):
+        spans = sorted(tuple(map(operator.index, entry["data_offsets"])) for entry in header.values())
+        well_formed = all(type(entry["dtype"]) is str and type(entry["shape"]) is list for entry in header.values())
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise CorruptFile(path, "no safetensors header") from None
-    if size != 8 + n_header + n_data:
+    n_data = 0
+    for span in spans:
+        if len(span) != 2 or span[0] != n_data or span[1] < n_data:
+            raise CorruptFile(
+                path, f"bytes {list(span)} of a tensor do not begin at {n_data}, where the one before ends"
+            )
+        n_data = span[1]
+    if not (well_formed and n_data and size == 8 + n_header + n_data):
         raise CorruptFile(path, f"{size} bytes, where the header says {8 + n_header + n_data}")
     return header, np.memmap(path, np.uint8, "r", offset=8 + n_header).view(np.ndarray)
 
@@ -231,10 +245,10 @@ def load_params(path, hparams):
     tensors = {}
     for full_name, (name, shape) in expected.items():
         check_tensor(path, full_name, header[full_name]["shape"], header[full_name]["dtype"], shape, "F32")
-        tensor = tensor_bytes(data, header[full_name]).view("<f4")
-        if tensor.size != math.prod(shape):
-            raise CorruptFile(path, f"{tensor.size} numbers for {full_name}, {math.prod(shape)} needed")
-        tensors[name] = tensor.reshape(shape)
+        tensor = tensor_bytes(data, header[full_name])
+        if tensor.size != 4 * math.prod(shape):
+            raise CorruptFile(path, f"{tensor.size} bytes for {full_name}, {4 * math.prod(shape)} needed")
+        tensors[name] = tensor.view("<f4").reshape(shape)
     if lm_head and not np.array_equal(tensor_bytes(data, lm_head), tensor_bytes(data, header["wte.weight"])):
         raise UserError(f"{path}: lm_head.weight differs from wte.weight; GPT-2 has one tensor for both: tie them")
     return nest(tensors, hparams["n_layer"])

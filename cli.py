@@ -22,7 +22,9 @@ EXIT_MISTAKE, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 2, 130, 141  # the last two a
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        hint = " (a prompt of several words goes in quotes)" if message.startswith("unrecognized") else ""
+        hint = ""
+        if message.startswith("unrecognized"):
+            hint = " (a prompt of several words goes in quotes, one that starts with a dash after --)"
         raise UserError(f"{message}{hint}; see python {self.prog} --help")
 
 
@@ -38,18 +40,23 @@ def positive_number(text):
     return number
 
 
-def number_between(low, high, low_included):
-    def parse(text):
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not (low < number <= high or (low_included and number == low)) or math.isinf(number):
-            border = f"{'[' if low_included else '('}{low}, {high}{')' if math.isinf(high) else ']'}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number in {border}")
-        return number
+def number(text):
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
-    return parse
+
+def temperature(text):
+    if not 0 <= number(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not 0 or more")
+    return number(text)
+
+
+def probability(text):
+    if not 0 < number(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
+    return number(text)
 
 
 def make_parser():
@@ -67,7 +74,7 @@ def make_parser():
     add("--models_dir", default="models", metavar="DIR", help="where the model folders are (default models)")
     add(
         "--temperature",
-        type=number_between(0, math.inf, low_included=True),
+        type=temperature,
         default=0.0,
         metavar="T",
         help="0 takes the likeliest token each time (default); 1 draws as the model believes, more is wilder",
@@ -77,7 +84,7 @@ def make_parser():
     )
     add(
         "--top_p",
-        type=number_between(0, 1, low_included=False),
+        type=probability,
         default=1.0,
         metavar="P",
         help="draw from the fewest tokens whose probabilities reach P (1: from all)",
@@ -97,22 +104,35 @@ def make_parser():
 
 def run(argv=None):
     """Runs the command line argv (default sys.argv[1:]) and returns its exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(**({"errors": "replace"} if stream.isatty() else {"encoding": "utf-8"}))
+    prepare_streams()
     try:
         options = make_parser().parse_args(argv)
         check_options(options)
-        Session(options).run()
+        Writer(options).run()
         return 0
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return EXIT_CLOSED_PIPE
     except (UserError, OSError, MemoryError) as error:
         print(f"gpt2.py: error: {describe(error)}", file=sys.stderr)
+        if isinstance(error, OSError) and not error.filename:  # no file of ours: standard output, on a full disk
+            drop_output()
         return EXIT_MISTAKE
+
+
+def prepare_streams():
+    """UTF-8 in files and pipes, no failure over a character the terminal lacks, nothing where a stream is closed."""
+    nowhere = open(os.devnull, "r+", encoding="utf-8")  # noqa: SIM115 (open as long as the program runs)
+    sys.stdin, sys.stdout, sys.stderr = (stream or nowhere for stream in (sys.stdin, sys.stdout, sys.stderr))
+    sys.stdout.reconfigure(**({"errors": "replace"} if sys.stdout.isatty() else {"encoding": "utf-8"}))
+    sys.stderr.reconfigure(**({} if sys.stderr.isatty() else {"encoding": "utf-8"}), errors="backslashreplace")
+
+
+def drop_output():
+    """Sends to nowhere what is still buffered for a closed or full standard output: Python's exit would fail on it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def describe(error):
@@ -129,8 +149,8 @@ def check_options(options):
         raise UserError("give one of a prompt, --prompt_file and --interactive, not several")
 
 
-class Session:
-    """One model, loaded once, and the options that every prompt shares."""
+class Writer:
+    """Continues prompts with one model, loaded once, and the options they share."""
 
     def __init__(self, options):
         self.options = options
@@ -237,7 +257,8 @@ def read_prompt(options):
 def decode_utf8(data, source, drop_line_break=True):
     """Bytes to text, less a byte order mark and the last line break; raises UserError where they are not UTF-8."""
     if drop_line_break:
-        data = data.removeprefix(codecs.BOM_UTF8).removesuffix(b"\n").removesuffix(b"\r")
+        data = data.removeprefix(codecs.BOM_UTF8)
+        data = data[:-1].removesuffix(b"\r") if data.endswith(b"\n") else data
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -61,8 +61,8 @@ def generate(inputs, params, n_head, n_tokens_to_generate):
 def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"):
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     ids = encoder.encode(prompt)
-    if not 0 < len(ids) <= (room := hparams["n_ctx"] - n_tokens_to_generate):
-        raise ValueError(f"{len(ids)} prompt tokens; 1 to {room} leave room for {n_tokens_to_generate} more")
+    if not (ids and 0 <= n_tokens_to_generate <= hparams["n_ctx"] - len(ids)):
+        raise ValueError(f"{len(ids)} prompt tokens and {n_tokens_to_generate} new ones; 1 to {hparams['n_ctx']} fit")
     return encoder.decode(generate(ids, params, hparams["n_head"], n_tokens_to_generate))
 
 

@@ -126,7 +126,9 @@ def prepare_model(model_size, models_dir):
 
     model_dir = find_model_dir(model_size, models_dir)
     if missing_files(model_dir) and not is_downloadable(model_size):
-        raise UserError(f"{model_dir} lacks {', '.join(missing_files(model_dir))}; put what is missing there")
+        lacking = ", ".join(missing_files(model_dir))
+        instead = " (model.safetensors may take the checkpoint's place)" if DATA_FILE in lacking else ""
+        raise UserError(f"{model_dir} lacks {lacking}{instead}; put what is missing there")
     try:
         os.makedirs(models_dir, exist_ok=True)
         lock = FileLock(os.path.join(models_dir, ".lock"))
