@@ -121,15 +121,16 @@ class KVCache:
     def append(self, k, v):  # [..., n_seq, d], [..., n_seq, d] -> [..., n_past+n_seq, d] each
         """Stores k and v behind what is there; returns all of both, as views (nothing is copied but k and v)."""
         if self.k is None:
-            shape = (*k.shape[:-2], self.n_ctx, k.shape[-1])
-            self.k, self.v = np.empty(shape, k.dtype), np.empty(shape, v.dtype)
+            *lead, _, d = k.shape
+            self.k = np.swapaxes(np.empty((*lead, d, self.n_ctx), k.dtype), -1, -2)  # so q @ k.T reads along rows
+            self.v = np.empty((*lead, self.n_ctx, d), v.dtype)
         n_past, n_k = self.n_past, self.n_past + k.shape[-2]
         self.k[..., n_past:n_k, :], self.v[..., n_past:n_k, :] = k, v
         self.n_past = n_k
         return self.k[..., :n_k, :], self.v[..., :n_k, :]
 
 
-PREFILL = 128  # prompt tokens a pass: bounds memory, and no pass attends to keys that the mask would hide anyway
+PREFILL = 256  # prompt tokens a pass: bounds memory, and spares most of the work on keys that the mask would hide
 
 
 def generate_tokens(inputs, params, n_head, n_tokens_to_generate, sample=np.argmax, stop_id=None):

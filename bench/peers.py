@@ -6,7 +6,7 @@ Needs torch and transformers (requirements-dev.txt).
 import sys
 import time
 
-from common import MODELS_DIR, NAME, bandwidth, machine, median, model_124m, random_ids, table
+from common import MODELS_DIR, NAME, bandwidth, machine, median, model_124m, random_ids, read_seconds, table
 
 from gpt2 import generate_tokens
 
@@ -56,7 +56,7 @@ def measure(peer, context, n_tokens):
 def row(context, ours, theirs, rounds):
     first, each, speeds, same = [], [], [], True
     for turn in range(rounds):
-        speeds.append(bandwidth())
+        speeds.append(bandwidth([read_seconds() for _ in range(3)]))
         peers = (ours, theirs) if turn % 2 else (theirs, ours)
         results = {peer: measure(peer, context, N_TOKENS) for peer in peers}
         same = same and results[ours][0] == results[theirs][0]
