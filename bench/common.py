@@ -86,7 +86,7 @@ def median(values):
 
 
 def machine():
-    """One line: processor, cores, memory, Python, NumPy, day."""
+    """One line: processor, cores, memory, Python, NumPy, what the environment tells OpenBLAS, day."""
     model = platform.processor() or platform.machine()
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -95,7 +95,9 @@ def machine():
         pass
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
-    return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB, {versions}, {time.strftime('%Y-%m-%d')}"
+    told = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("OPENBLAS_")]
+    size = f"{os.cpu_count()} cores, {memory:.0f} GiB"
+    return ", ".join([model, size, versions, *told, time.strftime("%Y-%m-%d")])
 
 
 def table(head, rows):
