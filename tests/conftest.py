@@ -1,6 +1,7 @@
 import pathlib
 
 import pytest
+from transformers import GPT2LMHeadModel  # noqa: F401 (before TensorFlow: with CUDA builds of torch, after it crashes)
 
 from tests.random_model import (
     DATA,  # noqa: F401
