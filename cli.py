@@ -1,7 +1,8 @@
 """The command line of gpt2.py: flags and their checks, where the prompt comes from, how text is shown, what errors say.
 
-Standard output carries the generated text and a newline, nothing else; everything else goes to standard error.
-Exit codes: 0 done, 2 a mistake that one line on standard error explains, 130 stopped with Ctrl-C.
+Standard output carries the generated text and a newline (and a line before each of several samples); everything else
+goes to standard error. Exit codes: 0 done, 2 a mistake that one line on standard error explains, 130 stopped with
+Ctrl-C, 141 the reader of our output has gone.
 """
 
 import argparse
@@ -29,8 +30,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole_number(text):
-    if not text.strip().isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 up")
+    if not text.strip().isdecimal() or len(text) > 100:
+        raise argparse.ArgumentTypeError(f"{text[:100]!r} is not a whole number from 0 up")
     return int(text)
 
 
@@ -49,7 +50,7 @@ def number(text):
 
 def temperature(text):
     if not 0 <= number(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not 0 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number from 0 up")
     return number(text)
 
 
@@ -63,7 +64,7 @@ def make_parser():
     parser = Parser(
         prog="gpt2.py",
         description="Continue a text with GPT-2.",
-        epilog='A prompt that starts with a dash goes after two of them: python gpt2.py --top_k 40 -- "--dashes"',
+        epilog='A prompt that starts with a dash goes after two of them: python gpt2.py -- "--dashes"',
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -117,15 +118,16 @@ def run(argv=None):
         return EXIT_CLOSED_PIPE
     except (UserError, OSError, MemoryError) as error:
         print(f"gpt2.py: error: {describe(error)}", file=sys.stderr)
-        if isinstance(error, OSError) and not error.filename:  # no file of ours: standard output, on a full disk
+        if isinstance(error, OSError) and error.filename is None:  # no file of ours: standard output, on a full disk
             drop_output()
         return EXIT_MISTAKE
 
 
 def prepare_streams():
     """UTF-8 in files and pipes, no failure over a character the terminal lacks, nothing where a stream is closed."""
-    nowhere = open(os.devnull, "r+", encoding="utf-8")  # noqa: SIM115 (open as long as the program runs)
-    sys.stdin, sys.stdout, sys.stderr = (stream or nowhere for stream in (sys.stdin, sys.stdout, sys.stderr))
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        nowhere = open(os.devnull, "r+", encoding="utf-8")  # noqa: SIM115 (one of the three from now on)
+        sys.stdin, sys.stdout, sys.stderr = (stream or nowhere for stream in (sys.stdin, sys.stdout, sys.stderr))
     sys.stdout.reconfigure(**({"errors": "replace"} if sys.stdout.isatty() else {"encoding": "utf-8"}))
     sys.stderr.reconfigure(**({} if sys.stderr.isatty() else {"encoding": "utf-8"}), errors="backslashreplace")
 
@@ -136,8 +138,10 @@ def drop_output():
 
 
 def describe(error):
-    if isinstance(error, OSError) and error.filename:
-        return f"cannot open {error.filename}: {error.strerror}; check the path and its permissions"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"cannot open {error.filename!r}: {error.strerror}; check the path and its permissions"
+    if isinstance(error, OSError):
+        return f"cannot write the output: {error.strerror}; make room"
     if isinstance(error, MemoryError):
         return f"not enough memory ({error}); take a smaller --model_size"
     return str(error)
@@ -147,6 +151,11 @@ def check_options(options):
     given = [options.prompt is not None, options.prompt_file is not None, options.interactive]
     if sum(given) > 1:
         raise UserError("give one of a prompt, --prompt_file and --interactive, not several")
+    if options.temperature == 0 and (options.top_k or options.top_p < 1 or options.seed is not None):
+        note = (
+            "--top_k, --top_p and --seed choose among draws, and at temperature 0 nothing is drawn; set --temperature 1"
+        )
+        print(f"note: {note}", file=sys.stderr)
 
 
 class Writer:
@@ -202,9 +211,10 @@ class Writer:
         try:
             check_context(len(ids), n_new, n_ctx)
         except ValueError:
+            fewer = f" or set --n_tokens_to_generate to {n_ctx - len(ids)}" if len(ids) < n_ctx else ""
             raise UserError(
                 f"{len(ids)} prompt tokens + {n_new} to generate = {len(ids) + n_new}, more than the {n_ctx} of the "
-                f"model's context; shorten the prompt or set --n_tokens_to_generate to {max(n_ctx - len(ids), 0)}"
+                f"model's context; shorten the prompt{fewer}"
             ) from None
         return ids
 

@@ -86,7 +86,12 @@ class Encoder:
         except UnicodeEncodeError as error:
             what = f"U+{ord(text[error.start]):04X} at character {error.start + 1}"
             raise UserError(f"the text is not valid Unicode: lone surrogate {what}; remove it") from None
-        pieces = [text]
+        pieces, allowed_special = (
+            [text],
+            {allowed_special} if isinstance(allowed_special, str) else set(allowed_special),
+        )
+        if unknown := allowed_special - self.encoder.keys():
+            raise UserError(f"the vocabulary has no special token {min(unknown)!r}; allow only those it has")
         if allowed_special:
             longest_first = sorted(allowed_special, key=len, reverse=True)
             pieces = regex.split("(" + "|".join(map(regex.escape, longest_first)) + ")", text)
@@ -119,15 +124,38 @@ class Encoder:
         return "".join(self.decode_stream(ids))
 
 
+# the files a vocabulary may be in: OpenAI's, Hugging Face's, and Hugging Face's since transformers 5
+LAYOUTS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("tokenizer.json",))
+
+
 def get_encoder(model_name, models_dir):
-    """The Encoder of a model folder, from encoder.json and vocab.bpe (OpenAI's names) or vocab.json and merges.txt
-    (Hugging Face's). Raises UserError when neither pair is there, CorruptFile when one cannot be read."""
+    """The Encoder of a model folder, from the first of LAYOUTS that is there.
+
+    Raises UserError when none is, CorruptFile when one cannot be read.
+    """
     model_dir = os.path.join(models_dir, model_name)
-    for names in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
-        vocabulary, merges = (os.path.join(model_dir, name) for name in names)
-        if os.path.exists(vocabulary) and os.path.exists(merges):
-            return Encoder(read_vocabulary(vocabulary), read_merges(merges))
-    raise UserError(f"{model_dir} has no vocabulary; put encoder.json and vocab.bpe there (or vocab.json, merges.txt)")
+    for names in LAYOUTS:
+        paths = [os.path.join(model_dir, name) for name in names]
+        if all(map(os.path.exists, paths)):
+            return (
+                read_tokenizer(*paths) if len(paths) == 1 else Encoder(read_vocabulary(paths[0]), read_merges(paths[1]))
+            )
+    choices = ", or ".join(" and ".join(names) for names in LAYOUTS)
+    raise UserError(f"{model_dir} has no vocabulary; put {choices} there")
+
+
+def read_tokenizer(path):
+    """The Encoder of a tokenizer.json, if it is one of byte-level BPE."""
+    tokenizer = read_json(path)
+    model, pre = tokenizer.get("model") or {}, tokenizer.get("pre_tokenizer") or {}
+    if (model.get("type"), pre.get("type"), pre.get("add_prefix_space", False)) != ("BPE", "ByteLevel", False):
+        raise UserError(f"{path} is not of GPT-2's byte-level BPE; only that is read here: take a GPT-2 model")
+    try:
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+        return Encoder(model["vocab"] | added, merges)
+    except (LookupError, TypeError) as error:
+        raise CorruptFile(path, f"no vocabulary in it: {error}") from None
 
 
 def read_vocabulary(path):

@@ -1,9 +1,9 @@
 """GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners") in plain NumPy.
 
-Read it from top to bottom: each function uses only those above it. Every argument is named as in OpenAI's checkpoint,
+Read it from top to bottom: each function uses only what is above it. Every weight is named as in OpenAI's checkpoint,
 so a part of the model is a nested dict and `f(x, **params)` hands it over. The comments give shapes, `...` standing for
-any leading axes (none for one sequence, [batch] for many). All arithmetic is float32: a NumPy float64 scalar would
-silently turn the whole model into float64, hence the Python floats.
+any leading axes (none for one sequence, [batch] for many). All arithmetic is float32: since NumPy 2 a float64 scalar
+would silently turn the whole model into float64, hence the Python floats.
 """
 
 import math
@@ -33,7 +33,7 @@ def layer_norm(x, g, b, eps=1e-5):  # [..., n], [n], [n] -> [..., n]
 def linear(x, w, b):  # [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]
     """Matrix product plus offset. The leading axes are folded into one, so that w is read once for a whole batch."""
     y = x.reshape(-1, x.shape[-1]) @ w + b  # [..., n_in] -> [rows, n_out]
-    return y.reshape(*x.shape[:-1], -1)
+    return y.reshape(*x.shape[:-1], w.shape[-1])
 
 
 def ffn(x, c_fc, c_proj):  # [..., n_seq, n_embd] -> [..., n_seq, n_embd]
@@ -65,6 +65,37 @@ def merge_heads(x):  # [..., n_head, n_seq, d] -> [..., n_seq, n_head*d]
     return x.reshape(*x.shape[:-2], -1)
 
 
+def check_context(n_past, n_seq, n_ctx):
+    """Raises ValueError unless n_seq more positions fit into the context; filling it exactly is allowed."""
+    if n_past + n_seq > n_ctx:
+        raise ValueError(f"{n_past} tokens and {n_seq} more are {n_past + n_seq}; the context is {n_ctx}")
+
+
+class KVCache:
+    """The keys and values one block has computed so far, with room for n_max positions."""
+
+    def __init__(self, n_max):
+        self.n_max, self.n_past, self.k, self.v = n_max, 0, None, None
+
+    def __len__(self):
+        return self.n_past
+
+    def append(self, k, v):  # [..., n_seq, d], [..., n_seq, d] -> [..., n_past+n_seq, d] each
+        """Stores k and v behind what is there; returns all of both, as views (nothing is copied but k and v).
+
+        Raises ValueError when there is no room.
+        """
+        *lead, n_seq, d = k.shape
+        check_context(self.n_past, n_seq, self.n_max)
+        if self.k is None:
+            self.k = np.swapaxes(np.empty((*lead, d, self.n_max), k.dtype), -1, -2)  # so q @ k.T reads along rows
+            self.v = np.empty((*lead, self.n_max, d), v.dtype)
+        n_past, n_k = self.n_past, self.n_past + n_seq
+        self.k[..., n_past:n_k, :], self.v[..., n_past:n_k, :] = k, v
+        self.n_past = n_k
+        return self.k[..., :n_k, :], self.v[..., :n_k, :]
+
+
 def mha(x, c_attn, c_proj, n_head, cache=None):  # [..., n_seq, n_embd] -> [..., n_seq, n_embd]
     """Multi-head causal self-attention (Vaswani et al. 2017, section 3.2.2), all heads at once.
 
@@ -86,12 +117,6 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache=None):  # [..., n_
     return x
 
 
-def check_context(n_past, n_seq, n_ctx):
-    """Raises ValueError unless n_seq more positions fit in the context, exactly n_ctx included."""
-    if n_past + n_seq > n_ctx:
-        raise ValueError(f"{n_past} tokens and {n_seq} more are {n_past + n_seq}; the model's context is {n_ctx}")
-
-
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, last_only=False):  # [..., n_seq] -> [..., n_seq, n_vocab]
     """Token ids to logits: row i scores every token of the vocabulary as the one to follow inputs[..., : i+1].
 
@@ -106,35 +131,17 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, last_only=False):  
     for i, block in enumerate(blocks):
         x = transformer_block(x, **block, n_head=n_head, cache=cache[i] if cache else None)
     x = layer_norm(x[..., -1:, :] if last_only else x, **ln_f)
-    return linear(x, wte.T, 0)  # the output layer is the token embedding again
-
-
-class KVCache:
-    """The keys and values one block has computed so far, with room for n_ctx positions."""
-
-    def __init__(self, n_ctx):
-        self.n_ctx, self.n_past, self.k, self.v = n_ctx, 0, None, None
-
-    def __len__(self):
-        return self.n_past
-
-    def append(self, k, v):  # [..., n_seq, d], [..., n_seq, d] -> [..., n_past+n_seq, d] each
-        """Stores k and v behind what is there; returns all of both, as views (nothing is copied but k and v)."""
-        if self.k is None:
-            *lead, _, d = k.shape
-            self.k = np.swapaxes(np.empty((*lead, d, self.n_ctx), k.dtype), -1, -2)  # so q @ k.T reads along rows
-            self.v = np.empty((*lead, self.n_ctx, d), v.dtype)
-        n_past, n_k = self.n_past, self.n_past + k.shape[-2]
-        self.k[..., n_past:n_k, :], self.v[..., n_past:n_k, :] = k, v
-        self.n_past = n_k
-        return self.k[..., :n_k, :], self.v[..., :n_k, :]
+    return linear(x, wte.T, 0)  # the token embedding again: [..., n_seq, n_embd] -> [..., n_seq, n_vocab]
 
 
 PREFILL = 256  # prompt tokens a pass: bounds memory, and spares most of the work on keys that the mask would hide
+# A large array made and freed: from then on glibc keeps freed memory of up to this size. Otherwise it goes back to the
+# system after each operation and is faulted in anew for the next, a third of the time that 512 prompt tokens take.
+np.empty(31 * 2**20, dtype=np.uint8)
 
 
 def generate_tokens(inputs, params, n_head, n_tokens_to_generate, sample=np.argmax, stop_id=None):
-    """Yields new token ids one by one, as they are made: prefill in one go, then one position a token.
+    """Yields new token ids one by one, as they are made: the prompt in a few passes, then one position a token.
 
     inputs: [n_seq] ids, at least one; they are not changed.
     sample: from the logits of the last position, [n_vocab], to the next id; argmax is greedy (sampling.py has more).

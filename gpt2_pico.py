@@ -1,5 +1,5 @@
+import argparse
 import math
-import sys
 
 import numpy as np
 
@@ -62,15 +62,17 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     ids = encoder.encode(prompt)
     if not (ids and 0 <= n_tokens_to_generate <= hparams["n_ctx"] - len(ids)):
-        raise ValueError(f"{len(ids)} prompt tokens and {n_tokens_to_generate} new ones; 1 to {hparams['n_ctx']} fit")
+        raise ValueError(f"{len(ids)} prompt tokens + {n_tokens_to_generate} new; 1 + 0 to {hparams['n_ctx']} fit")
     return encoder.decode(generate(ids, params, hparams["n_head"], n_tokens_to_generate))
 
 
 if __name__ == "__main__":
-    import fire
-
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
+    parser.add_argument("prompt")
+    parser.add_argument("--n_tokens_to_generate", type=int, default=40)
+    parser.add_argument("--model_size", default="124M")
+    parser.add_argument("--models_dir", default="models")
     try:
-        fire.Fire(fire.decorators.SetParseFns(prompt=str, model_size=str, models_dir=str)(main))
-    except (TypeError, ValueError) as error:
-        print(f"gpt2_pico.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(main(**vars(parser.parse_args())))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))

@@ -14,8 +14,8 @@ import sys
 import urllib.parse
 
 from checkpoint import load_gpt2_params_from_tf_ckpt, load_hparams, load_params, save_params, tensor_shapes
-from download import check_space, download_file
-from encoder import END_OF_TEXT, get_encoder
+from download import check_space, download_file, size_of
+from encoder import END_OF_TEXT, LAYOUTS, get_encoder
 from errors import CorruptFile, UserError
 
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
@@ -66,7 +66,10 @@ def load_encoder_hparams_and_params(model_size, models_dir):
         made_here = error.path.endswith("model.safetensors") and checkpoint_prefix(model_dir)
         if not (made_here or is_downloadable(model_size)):
             raise
-        os.replace(error.path, error.path + ".corrupt")
+        try:
+            os.replace(error.path, error.path + ".corrupt")
+        except OSError:
+            raise error from None
         raise UserError(
             f"{error.path} is corrupt ({error.reason}); it is set aside under {os.path.basename(error.path)}.corrupt: "
             "run the same command again to get it anew"
@@ -113,8 +116,8 @@ def missing_files(model_dir):
     needed = []
     if not has("config.json"):
         needed += ["hparams.json"]
-    if not has("vocab.json", "merges.txt"):
-        needed += ["encoder.json", "vocab.bpe"]
+    if not any(has(*names) for names in LAYOUTS):
+        needed += LAYOUTS[0]
     if not has("model.safetensors") and not checkpoint_prefix(model_dir):
         needed += ["checkpoint", "model.ckpt.index", "model.ckpt.meta", DATA_FILE]
     return [name for name in needed if not has(name)]
@@ -127,8 +130,10 @@ def prepare_model(model_size, models_dir):
     model_dir = find_model_dir(model_size, models_dir)
     if missing_files(model_dir) and not is_downloadable(model_size):
         lacking = ", ".join(missing_files(model_dir))
-        instead = " (model.safetensors may take the checkpoint's place)" if DATA_FILE in lacking else ""
-        raise UserError(f"{model_dir} lacks {lacking}{instead}; put what is missing there")
+        raise UserError(
+            f"{model_dir} lacks {lacking}; put them there, or Hugging Face's files in their place "
+            "(model.safetensors in one piece, config.json, vocab.json and merges.txt or tokenizer.json)"
+        )
     try:
         os.makedirs(models_dir, exist_ok=True)
         lock = FileLock(os.path.join(models_dir, ".lock"))
@@ -159,7 +164,8 @@ def download_gpt2_files(model_size, model_dir):
     base_url = (os.environ.get("GPT2_BASE_URL") or BASE_URL).rstrip("/")
     say(f"downloading {model_size} from {base_url} to {model_dir}")
     if DATA_FILE in missing_files(model_dir):
-        check_space(os.path.join(model_dir, DATA_FILE), 2 * 4 * N_PARAMS.get(model_size, 0))  # and its imported copy
+        path = os.path.join(model_dir, DATA_FILE)
+        check_space(path, 2 * 4 * N_PARAMS.get(model_size, 0) - size_of(path + ".part"))  # twice: the imported copy
     for name in missing_files(model_dir):
         size, sha256 = RELEASED.get(model_size, {}).get(name, (None, None))
         download_file(

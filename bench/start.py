@@ -33,7 +33,9 @@ def peak_private_mb(command):
 def main():
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 15
     encoder, *_ = model_124m()
-    prompt = " ".join(["word"] * 32)
+    prompt = " a"  # one token of OpenAI's vocabulary, two of bytes
+    while len(encoder.encode(prompt)) < 32:
+        prompt += " a"
     n_prompt = len(encoder.encode(prompt))
     python = sys.executable
     script = [python, str(ROOT / "gpt2.py"), prompt, "--model_size", NAME, "--models_dir", str(MODELS_DIR)]

@@ -15,6 +15,7 @@ import pytest
 
 import checkpoint
 from checkpoint import load_gpt2_params_from_tf_ckpt, save_params
+from encoder import get_encoder
 from errors import CorruptFile, UserError
 from gpt2 import gpt2
 from tests.conftest import ROOT, TINY
@@ -904,3 +905,45 @@ def test_hparams_of_openais_release_load(tmp_path):
     write_hparams(tmp_path, {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12})
     names = checkpoint.tensor_shapes(**checkpoint.load_hparams(str(tmp_path)))
     assert sum(int(np.prod(shape)) for shape in names.values()) == 124_439_808
+
+
+def test_folder_as_transformers_saves_it_today(tmp_path, tiny_models_dir, vocabulary_dir):
+    """With tokenizer.json alone for a vocabulary: the same ids and logits as transformers from the same folder."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+
+    shutil.copy(vocabulary_dir / "encoder.json", tmp_path / "vocab.json")
+    shutil.copy(vocabulary_dir / "vocab.bpe", tmp_path / "merges.txt")
+    tokenizer = GPT2Tokenizer.from_pretrained(tmp_path)
+    sizes = {"vocab_size": 400, "n_positions": 64, "n_embd": 32, "n_head": 2, "n_layer": 2}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=399, eos_token_id=399)).eval()
+    folder = tmp_path / "models" / "today"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink(missing_ok=True)
+    encoder, hparams, params = load_encoder_hparams_and_params("today", str(tmp_path / "models"))
+    ids = encoder.encode("def softmax(x):  # Müller 🤗")
+    assert ids == tokenizer("def softmax(x):  # Müller 🤗")["input_ids"]
+    assert encoder.encoder["<|endoftext|>"] == 399
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0].numpy()
+    np.testing.assert_allclose(gpt2(ids, **params, n_head=hparams["n_head"]), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        {},
+        {"model": {"type": "WordPiece"}},
+        {"model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": {"type": "Whitespace"}},
+        {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel"}},
+        {"model": {"type": "BPE", "vocab": {}, "merges": [3]}, "pre_tokenizer": {"type": "ByteLevel"}},
+    ],
+)
+def test_tokenizer_json_of_something_else(tmp_path, tokenizer):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    with pytest.raises(UserError, match=r"tokenizer\.json") as caught:
+        get_encoder("own", str(tmp_path))
+    assert "\n" not in str(caught.value)

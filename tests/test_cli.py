@@ -295,13 +295,19 @@ def test_greedy_is_the_default(inside, letters_flags):
         (["--temperature", 1, "--top_k", 4, "--top_p", 0.6], "ab"),  # 0.4 / 0.95 is still too little
         (["--temperature", 1, "--top_k", 2, "--top_p", 0.8], "ab"),
         (["--temperature", 0.02], "a"),  # b is 0.75 ** 50 times as likely as a
-        (["--temperature", 0, "--top_k", 3, "--top_p", 0.9], "a"),
     ],
 )
 def test_flags_choose_what_is_drawn(inside, letters_flags, flags, letters):
     text = drawn(inside("x", "--n_tokens_to_generate", 120, "--seed", 1, *flags, *letters_flags))
     assert len(text) == 120
     assert set(text) == set(letters)
+
+
+@pytest.mark.parametrize("flags", [["--top_k", 3], ["--top_p", 0.9], ["--seed", 1]])
+def test_what_has_no_effect_at_temperature_0_is_said(inside, letters_flags, flags):
+    code, out, err = inside("x", "--n_tokens_to_generate", 3, *flags, *letters_flags)
+    assert (code, out) == (0, b"aaa\n")
+    assert err.startswith(b"note: ") and b"set --temperature 1" in err and err.count(b"\n") == 1
 
 
 def test_high_temperature_draws_everything(inside, letters_flags):

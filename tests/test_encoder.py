@@ -438,3 +438,13 @@ def test_openai_files_have_every_merge_and_token(real):
     assert (len(real.encoder), len(real.ranks), len(real.decoder)) == (50257, 50000, 50257)
     assert real.encoder[END_OF_TEXT] == 50256
     assert json.loads(read_text("gpt2/encoder.json"))["Ġthe"] == real.encoder["Ġthe"] == 262
+
+
+def test_one_special_token_may_be_given_as_it_is(small):
+    end = small.encoder[END_OF_TEXT]
+    assert small.encode(f"a{END_OF_TEXT}", allowed_special=END_OF_TEXT) == [*small.encode("a"), end]
+
+
+def test_a_special_token_that_the_vocabulary_lacks(small):
+    with pytest.raises(UserError, match=r"no special token '<.pad.>'"):
+        small.encode("a", allowed_special={END_OF_TEXT, "<|pad|>"})

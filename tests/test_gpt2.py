@@ -306,6 +306,10 @@ def test_the_context_may_be_filled_but_not_exceeded(tiny):
     gpt2.gpt2([1] * n_ctx, **params, n_head=hparams["n_head"], cache=cache)
     with pytest.raises(ValueError, match="context"):
         gpt2.gpt2([1], **params, n_head=hparams["n_head"], cache=cache)
+    small = [gpt2.KVCache(3) for _ in params["blocks"]]
+    gpt2.gpt2([1, 2, 3], **params, n_head=hparams["n_head"], cache=small)
+    with pytest.raises(ValueError, match="3 tokens and 1 more"):
+        gpt2.gpt2([1], **params, n_head=hparams["n_head"], cache=small)
 
 
 def test_nothing_to_start_from(tiny):
