@@ -2,7 +2,8 @@
 
 Text is cut into words by PATTERN, each word becomes its UTF-8 bytes, each byte a printable character (so that the
 vocabulary can be a text file), and neighbouring symbols are merged in the order vocab.bpe lists, best first. Every
-string has an encoding, and decode(encode(text)) == text.
+string has an encoding, and decode(encode(text)) == text. PATTERN and the characters for bytes are OpenAI's: ids depend
+on them.
 """
 
 import codecs

@@ -3,7 +3,7 @@
 The order is temperature, then top-k, then top-p, as in OpenAI's sample.py and Hugging Face's generate.
 Ties: every token as likely as the last one kept is kept too, for top-k and for top-p (OpenAI's rule).
 The border of top-p: the fewest most likely tokens whose probabilities sum to at least p, the one that crosses p
-included (Holtzman et al. 2020, section 3.1, and Hugging Face). OpenAI's code leaves that last one out.
+included (Holtzman et al. 2020, section 3.1, and Hugging Face). OpenAI's code leaves that one out, unless it is alone.
 """
 
 import numpy as np
