@@ -10,8 +10,8 @@ import numpy as np
 from checkpoint import nest, save_params, tensor_shapes
 from encoder import bytes_to_unicode
 
-# OpenAI's vocabulary and some texts, too large for the repository: a folder beside it, or any that GPT2_TEST_DATA names;
-# without it the tests of them are skipped
+# OpenAI's vocabulary and some texts, too large for the repository: a folder beside it, or any that GPT2_TEST_DATA
+# names; without it the tests of them are skipped
 DATA = pathlib.Path(os.environ.get("GPT2_TEST_DATA", pathlib.Path(__file__).parents[2] / "shared" / "data"))
 SIZE_124M = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
 
