@@ -23,8 +23,9 @@ def random_tensors(hparams, seed=0):
     for name, shape in tensor_shapes(**hparams).items():
         tensor = rng.standard_normal(shape, dtype=np.float32)
         leaf = name.rpartition("/")[2]
-        tensor *= {"g": 0.3, "b": 0.2, "wte": 0.1, "wpe": 0.1}.get(leaf, 1 / shape[0] ** 0.5)
+        tensor *= {"g": 0.3, "b": 0.2, "wte": 0.1, "wpe": 0.3}.get(leaf, 2 / shape[0] ** 0.5)
         tensors[name] = tensor + np.float32(1) if leaf == "g" else tensor
+    tensors["ln_f/g"][::2] *= -1  # the embeddings being tied, each token would else be followed by itself
     return tensors
 
 

@@ -659,7 +659,7 @@ def test_interrupt_of_a_working_model(tmp_path, vocabulary_dir):
     write_safetensors(folder, hparams, random_tensors(hparams))
     arguments = command("Hello", "--model_size", "slow", "--models_dir", str(tmp_path), "--stream")
     with started([*arguments, b"--n_tokens_to_generate", b"1000"]) as process:
-        first = process.stdout.read(1)
+        first = os.read(process.stdout.fileno(), 1)  # unbuffered: communicate() would miss what a buffer took
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=SECONDS)
     text = (first + out).decode("utf-8")
