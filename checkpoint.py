@@ -229,11 +229,11 @@ def open_safetensors(path):
 
     Raises CorruptFile unless every entry has a dtype, a shape and its own span of bytes, and the spans fill the file.
     """
-    size = os.path.getsize(path)
     try:
         with open(path, "rb") as f:
-            n_header = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(min(n_header, size)))
+            mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        n_header = int.from_bytes(mapped[:8], "little")
+        header = json.loads(mapped[8 : 8 + n_header])
         header.pop("__metadata__", None)
         spans = sorted(tuple(map(operator.index, entry["data_offsets"])) for entry in header.values())
         well_formed = all(type(entry["dtype"]) is str and type(entry["shape"]) is list for entry in header.values())
@@ -246,10 +246,8 @@ def open_safetensors(path):
                 path, f"bytes {list(span)} of a tensor do not begin at {n_data}, where the one before ends"
             )
         n_data = span[1]
-    if not (well_formed and n_data and size == 8 + n_header + n_data):
-        raise CorruptFile(path, f"{size} bytes, where the header says {8 + n_header + n_data}")
-    with open(path, "rb") as f:
-        mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    if not (well_formed and n_data and len(mapped) == 8 + n_header + n_data):
+        raise CorruptFile(path, f"{len(mapped)} bytes, where the header says {8 + n_header + n_data}")
     with contextlib.suppress(AttributeError, OSError):  # where the system knows it
         mapped.madvise(mmap.MADV_HUGEPAGE)  # what is not in memory yet comes in large pages
     return header, np.frombuffer(mapped, np.uint8, offset=8 + n_header)

@@ -87,10 +87,8 @@ class Encoder:
         except UnicodeEncodeError as error:
             what = f"U+{ord(text[error.start]):04X} at character {error.start + 1}"
             raise UserError(f"the text is not valid Unicode: lone surrogate {what}; remove it") from None
-        pieces, allowed_special = (
-            [text],
-            {allowed_special} if isinstance(allowed_special, str) else set(allowed_special),
-        )
+        pieces = [text]
+        allowed_special = {allowed_special} if isinstance(allowed_special, str) else set(allowed_special)
         if unknown := allowed_special - self.encoder.keys():
             raise UserError(f"the vocabulary has no special token {min(unknown)!r}; allow only those it has")
         if allowed_special:
@@ -138,9 +136,7 @@ def get_encoder(model_name, models_dir):
     for names in LAYOUTS:
         paths = [os.path.join(model_dir, name) for name in names]
         if all(map(os.path.exists, paths)):
-            return (
-                read_tokenizer(*paths) if len(paths) == 1 else Encoder(read_vocabulary(paths[0]), read_merges(paths[1]))
-            )
+            return (read_tokenizer if names == ("tokenizer.json",) else read_vocabulary_and_merges)(*paths)
     choices = ", or ".join(" and ".join(names) for names in LAYOUTS)
     raise UserError(f"{model_dir} has no vocabulary; put {choices} there")
 
@@ -154,13 +150,17 @@ def read_tokenizer(path):
     try:
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
         added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-        return Encoder(model["vocab"] | added, merges)
+        return Encoder(check_ids(path, model["vocab"] | added), merges)
     except (LookupError, TypeError) as error:
         raise CorruptFile(path, f"no vocabulary in it: {error}") from None
 
 
-def read_vocabulary(path):
-    vocabulary = read_json(path)
+def read_vocabulary_and_merges(vocabulary_path, merges_path):
+    return Encoder(check_ids(vocabulary_path, read_json(vocabulary_path)), read_merges(merges_path))
+
+
+def check_ids(path, vocabulary):
+    """The vocabulary, if each of its symbols has an id from 0 up; raises CorruptFile otherwise."""
     wrong = next((symbol for symbol, i in vocabulary.items() if type(i) is not int or i < 0), None)
     if wrong is not None:
         raise CorruptFile(path, f"{wrong[:40]!r} has no id but {vocabulary[wrong]!r}")

@@ -128,10 +128,9 @@ def prepare_model(model_size, models_dir):
     from filelock import FileLock, Timeout
 
     model_dir = find_model_dir(model_size, models_dir)
-    if missing_files(model_dir) and not is_downloadable(model_size):
-        lacking = ", ".join(missing_files(model_dir))
+    if (missing := missing_files(model_dir)) and not is_downloadable(model_size):
         raise UserError(
-            f"{model_dir} lacks {lacking}; put them there, or Hugging Face's files in their place "
+            f"{model_dir} lacks {', '.join(missing)}; put them there, or Hugging Face's files in their place "
             "(model.safetensors in one piece, config.json, vocab.json and merges.txt or tokenizer.json)"
         )
     try:
@@ -163,10 +162,11 @@ def download_gpt2_files(model_size, model_dir):
     """
     base_url = (os.environ.get("GPT2_BASE_URL") or BASE_URL).rstrip("/")
     say(f"downloading {model_size} from {base_url} to {model_dir}")
-    if DATA_FILE in missing_files(model_dir):
+    missing = missing_files(model_dir)
+    if DATA_FILE in missing:
         path = os.path.join(model_dir, DATA_FILE)
         check_space(path, 2 * 4 * N_PARAMS.get(model_size, 0) - size_of(path + ".part"))  # twice: the imported copy
-    for name in missing_files(model_dir):
+    for name in missing:
         size, sha256 = RELEASED.get(model_size, {}).get(name, (None, None))
         download_file(
             f"{base_url}/{urllib.parse.quote(model_size)}/{name}", os.path.join(model_dir, name), size, sha256

@@ -5,10 +5,10 @@ import math
 import os
 import pathlib
 import platform
-import statistics
 import sys
 import threading
 import time
+from statistics import median
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -79,10 +79,6 @@ def seconds(function):
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
-
-
-def median(values):
-    return statistics.median(values)
 
 
 def machine():

@@ -939,6 +939,7 @@ def test_folder_as_transformers_saves_it_today(tmp_path, tiny_models_dir, vocabu
         {"model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": {"type": "Whitespace"}},
         {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel"}},
         {"model": {"type": "BPE", "vocab": {}, "merges": [3]}, "pre_tokenizer": {"type": "ByteLevel"}},
+        {"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}, "pre_tokenizer": {"type": "ByteLevel"}},
     ],
 )
 def test_tokenizer_json_of_something_else(tmp_path, tokenizer):

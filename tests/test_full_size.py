@@ -5,11 +5,9 @@ Random weights, real shapes; 2 GB on disk for a minute. Not run by default: pyte
 
 import numpy as np
 import pytest
-import torch
 
 import gpt2
 import gpt2_pico
-from encoder import END_OF_TEXT
 from tests.conftest import DATA, PROMPTS
 from tests.random_model import (
     SIZE_124M,
@@ -19,7 +17,7 @@ from tests.random_model import (
     write_hparams,
     write_tf_checkpoint,
 )
-from tests.test_gpt2 import assert_same_ids, their_logits
+from tests.test_gpt2 import assert_same_ids, prompt_ids, their_greedy_ids, their_logits
 from utils import load_encoder_hparams_and_params
 
 pytestmark = pytest.mark.full_size
@@ -57,12 +55,11 @@ def test_the_file_is_as_large_as_openais(folder):
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_logits_and_64_greedy_ids(ours, theirs, prompt):
     encoder, hparams, params = ours
-    ids = encoder.encode(prompt) or [encoder.encoder[END_OF_TEXT]]
+    ids = prompt_ids(encoder, prompt)
     expected = their_logits(theirs, [ids])[0]
     logits = gpt2.gpt2(ids, **params, n_head=hparams["n_head"])
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
-    options = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    new = theirs.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist()
+    new = their_greedy_ids(theirs, ids, 64)
     assert len(set(new)) > 8, "too much of the same to show a difference"
     assert_same_ids(
         gpt2.generate(ids, params, hparams["n_head"], 64),
@@ -80,8 +77,7 @@ def test_pico_gives_the_same_ids(ours):
 def test_a_full_context(ours, theirs):
     _, hparams, params = ours
     ids = np.random.default_rng(0).integers(0, SIZE_124M["n_vocab"], 1000).tolist()
-    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    new = theirs.generate(torch.tensor([ids]), **options)[0, 1000:].tolist()
+    new = their_greedy_ids(theirs, ids, 24)
     assert_same_ids(
         gpt2.generate(ids, params, hparams["n_head"], 24),
         new,

@@ -28,6 +28,13 @@ def their_logits(model, ids):
         return model(torch.tensor(ids)).logits.numpy()
 
 
+def their_greedy_ids(model, ids, n_tokens):
+    import torch
+
+    options = {"max_new_tokens": n_tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    return model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist()
+
+
 def prompt_ids(encoder, prompt):
     return encoder.encode(prompt) or [encoder.encoder[END_OF_TEXT]]
 
@@ -105,12 +112,9 @@ def test_logits_are_those_of_transformers(tiny, theirs, prompt):
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_64_greedy_ids_are_those_of_transformers(tiny, theirs, prompt):
-    import torch
-
     encoder, hparams, params = tiny
     ids = prompt_ids(encoder, prompt)
-    options = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    expected = theirs.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist()
+    expected = their_greedy_ids(theirs, ids, 64)
     assert len(set(expected)) > 8, "too much of the same to show a difference"
     for module in (gpt2, gpt2_pico):
         ours = module.generate(ids, params, hparams["n_head"], 64)

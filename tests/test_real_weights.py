@@ -12,8 +12,8 @@ import pytest
 
 import gpt2
 import gpt2_pico
-from encoder import END_OF_TEXT
 from tests.conftest import ROOT
+from tests.test_gpt2 import prompt_ids
 from utils import load_encoder_hparams_and_params
 
 MODEL_DIR = ROOT / "models" / "124M"
@@ -67,7 +67,7 @@ def model():
 @pytest.mark.parametrize(("prompt", "n_tokens", "expected"), CONTINUATIONS)
 def test_published_text(model, prompt, n_tokens, expected):
     encoder, hparams, params = model
-    ids = encoder.encode(prompt) or [encoder.encoder[END_OF_TEXT]]
+    ids = prompt_ids(encoder, prompt)
     text = encoder.decode(gpt2.generate(ids, params, hparams["n_head"], n_tokens))
     assert text[: len(expected)] == expected
 
