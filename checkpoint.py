@@ -100,6 +100,11 @@ def nest(tensors, n_layer):
     return params
 
 
+def flatten(params, hparams):
+    """The reverse of nest: tensors by checkpoint name."""
+    return {name: functools.reduce(operator.getitem, key_path(name), params) for name in tensor_shapes(**hparams)}
+
+
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     """The nested params of a TensorFlow checkpoint, in memory, every tensor's CRC verified by TensorFlow.
 
@@ -181,20 +186,20 @@ def save_params(model_dir, params, hparams, end_of_text=None):
     }
     with replacing(os.path.join(model_dir, "config.json")) as f:
         f.write((json.dumps(config, indent=2) + "\n").encode("utf-8"))
-    tensors = {}
-    for name in tensor_shapes(**hparams):
-        tensors[hugging_face_name(name)] = functools.reduce(operator.getitem, key_path(name), params)
+    tensors = {hugging_face_name(name): tensor for name, tensor in flatten(params, hparams).items()}
     save_safetensors(os.path.join(model_dir, "model.safetensors"), tensors)
 
 
-def save_safetensors(path, tensors):
+def save_safetensors(path, tensors, metadata=None):
     """Writes float32 tensors: 8 bytes of header length, a JSON header of names, shapes and offsets, then their bytes.
+
+    metadata: strings by name, for the header.
 
     The safetensors package aligns the bytes to 8; here they start at multiples of 64, a cache line: the header is
     padded with spaces, and a tensor whose size is no multiple of 64 comes after those whose is.
     """
     ordered = sorted(tensors.items(), key=lambda item: item[1].nbytes % 64 != 0)
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header, end = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
     for name, tensor in ordered:
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
@@ -225,7 +230,7 @@ def write_blocks(f, pieces):
 
 
 def open_safetensors(path):
-    """The header's entries by tensor name, and the bytes behind it as one memory-mapped array.
+    """The header's entries by tensor name, the bytes behind it as one memory-mapped array, and the header's metadata.
 
     Raises CorruptFile unless every entry has a dtype, a shape and its own span of bytes, and the spans fill the file.
     """
@@ -234,7 +239,7 @@ def open_safetensors(path):
             mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         n_header = int.from_bytes(mapped[:8], "little")
         header = json.loads(mapped[8 : 8 + n_header])
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None)
         spans = sorted(tuple(map(operator.index, entry["data_offsets"])) for entry in header.values())
         well_formed = all(type(entry["dtype"]) is str and type(entry["shape"]) is list for entry in header.values())
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -250,7 +255,7 @@ def open_safetensors(path):
         raise CorruptFile(path, f"{len(mapped)} bytes, where the header says {8 + n_header + n_data}")
     with contextlib.suppress(AttributeError, OSError):  # where the system knows it
         mapped.madvise(mmap.MADV_HUGEPAGE)  # what is not in memory yet comes in large pages
-    return header, np.frombuffer(mapped, np.uint8, offset=8 + n_header)
+    return header, np.frombuffer(mapped, np.uint8, offset=8 + n_header), metadata
 
 
 def load_params(path, hparams):
@@ -258,7 +263,7 @@ def load_params(path, hparams):
 
     Raises UserError (with its name) for a tensor that is not as hparams say, CorruptFile for a damaged file.
     """
-    header, data = open_safetensors(path)
+    header, data, _ = open_safetensors(path)
     mask = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # some files carry causal masks; attention() needs none
     header = {name.removeprefix("transformer."): entry for name, entry in header.items()}
     header = {name: entry for name, entry in header.items() if not mask.fullmatch(name)}
@@ -280,3 +285,15 @@ def load_params(path, hparams):
 def tensor_bytes(data, entry):
     begin, end = entry["data_offsets"]
     return data[begin:end]
+
+
+def load_safetensors(path):
+    """What save_safetensors wrote: (tensors as read-only views, metadata). Raises CorruptFile for anything else."""
+    header, data, metadata = open_safetensors(path)
+    try:
+        tensors = {
+            name: tensor_bytes(data, entry).view("<f4").reshape(entry["shape"]) for name, entry in header.items()
+        }
+    except (ValueError, TypeError):
+        raise CorruptFile(path, "its header does not fit its bytes") from None
+    return tensors, metadata or {}

@@ -105,19 +105,26 @@ def make_parser():
 
 def run(argv=None):
     """Runs the command line argv (default sys.argv[1:]) and returns its exit code."""
+    return exit_code("gpt2.py", lambda: answer(make_parser().parse_args(argv)))
+
+
+def answer(options):
+    check_options(options)
+    Writer(options).run()
+
+
+def exit_code(program, work):
+    """What work() returns, or the exit code of what it raises, explained in one line that begins with the program."""
     prepare_streams()
     try:
-        options = make_parser().parse_args(argv)
-        check_options(options)
-        Writer(options).run()
-        return 0
+        return work() or 0
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # whoever read our output has seen enough
         drop_output()
         return EXIT_CLOSED_PIPE
     except (UserError, OSError, MemoryError) as error:
-        print(f"gpt2.py: error: {describe(error)}", file=sys.stderr)
+        print(f"{program}: error: {describe(error)}", file=sys.stderr)
         if isinstance(error, OSError) and error.filename is None:  # no file of ours: standard output, on a full disk
             drop_output()
         return EXIT_MISTAKE
@@ -143,7 +150,7 @@ def describe(error):
     if isinstance(error, OSError):
         return f"cannot write the output: {error.strerror}; make room"
     if isinstance(error, MemoryError):
-        return f"not enough memory ({error}); take a smaller --model_size"
+        return f"not enough memory ({error}); take a smaller model or batch"
     return str(error)
 
 
@@ -203,10 +210,8 @@ class Writer:
         if prompt.endswith(" "):
             print("note: the prompt ends with a space, which GPT-2 expects before the next word", file=sys.stderr)
         ids = self.encoder.encode(prompt)
-        if not ids:
-            if self.end_of_text is None:
-                raise UserError(f"{self.options.model_size} has no {END_OF_TEXT} token to start from; give a prompt")
-            ids = [self.end_of_text]
+        if not ids:  # a text begins where another ends, or a line
+            ids = self.encoder.encode("\n") if self.end_of_text is None else [self.end_of_text]
         n_ctx, n_new = self.hparams["n_ctx"], self.options.n_tokens_to_generate
         try:
             check_context(len(ids), n_new, n_ctx)

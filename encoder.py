@@ -9,12 +9,13 @@ on them.
 import codecs
 import functools
 import heapq
+import json
 import os
 
 import regex
 
 from errors import CorruptFile, UserError
-from files import read_json
+from files import read_json, replacing
 
 PATTERN = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 END_OF_TEXT = "<|endoftext|>"
@@ -178,3 +179,11 @@ def read_merges(path):
     if wrong is not None:
         raise CorruptFile(path, f"not two symbols: {wrong[:40]!r}")
     return merges
+
+
+def save_encoder(encoder, model_dir):
+    """Writes encoder.json and vocab.bpe, from which get_encoder makes the same Encoder."""
+    with replacing(os.path.join(model_dir, "encoder.json")) as f:
+        f.write(json.dumps(encoder.encoder).encode("utf-8"))
+    with replacing(os.path.join(model_dir, "vocab.bpe")) as f:
+        f.write("\n".join(["#version: 0.2", *encoder.ranks, ""]).encode("utf-8"))

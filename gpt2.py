@@ -117,6 +117,13 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache=None):  # [..., n_
     return x
 
 
+def embed(inputs, wte, wpe, n_past=0):  # [..., n_seq] -> [..., n_seq, n_embd]
+    """What each token is plus where it stands. Raises ValueError when wpe has too few rows (n_ctx) for that."""
+    n_seq = inputs.shape[-1]
+    check_context(n_past, n_seq, wpe.shape[0])
+    return wte[inputs] + wpe[n_past : n_past + n_seq]
+
+
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, last_only=False):  # [..., n_seq] -> [..., n_seq, n_vocab]
     """Token ids to logits: row i scores every token of the vocabulary as the one to follow inputs[..., : i+1].
 
@@ -125,9 +132,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, last_only=False):  
     Raises ValueError when there are more positions than wpe has rows (n_ctx).
     """
     inputs = np.asarray(inputs, dtype=int)  # -> [..., n_seq]
-    n_past, n_seq = len(cache[0]) if cache else 0, inputs.shape[-1]
-    check_context(n_past, n_seq, wpe.shape[0])
-    x = wte[inputs] + wpe[n_past : n_past + n_seq]  # [..., n_seq] -> [..., n_seq, n_embd]
+    x = embed(inputs, wte, wpe, n_past=len(cache[0]) if cache else 0)  # [..., n_seq] -> [..., n_seq, n_embd]
     for i, block in enumerate(blocks):
         x = transformer_block(x, **block, n_head=n_head, cache=cache[i] if cache else None)
     x = layer_norm(x[..., -1:, :] if last_only else x, **ln_f)

@@ -160,17 +160,29 @@ def download_gpt2_files(model_size, model_dir):
 
     Raises UserError when a file cannot be had or is not the one OpenAI published.
     """
-    base_url = (os.environ.get("GPT2_BASE_URL") or BASE_URL).rstrip("/")
-    say(f"downloading {model_size} from {base_url} to {model_dir}")
+    say(f"downloading {model_size} from {os.environ.get('GPT2_BASE_URL') or BASE_URL} to {model_dir}")
     missing = missing_files(model_dir)
     if DATA_FILE in missing:
         path = os.path.join(model_dir, DATA_FILE)
         check_space(path, 2 * 4 * N_PARAMS.get(model_size, 0) - size_of(path + ".part"))  # twice: the imported copy
     for name in missing:
-        size, sha256 = RELEASED.get(model_size, {}).get(name, (None, None))
-        download_file(
-            f"{base_url}/{urllib.parse.quote(model_size)}/{name}", os.path.join(model_dir, name), size, sha256
-        )
+        fetch_released(model_size, model_dir, name)
+
+
+def fetch_released(model_size, model_dir, name):
+    base_url = (os.environ.get("GPT2_BASE_URL") or BASE_URL).rstrip("/")
+    size, sha256 = RELEASED.get(model_size, {}).get(name, (None, None))
+    download_file(f"{base_url}/{urllib.parse.quote(model_size)}/{name}", os.path.join(model_dir, name), size, sha256)
+
+
+def load_gpt2_encoder(models_dir):
+    """GPT-2's own tokenizer: that of models_dir/124M, into which its two files are downloaded if it is not there."""
+    model_dir = find_model_dir("124M", models_dir)
+    if missing := [name for name in missing_files(model_dir) if name in LAYOUTS[0]]:
+        os.makedirs(model_dir, exist_ok=True)
+        for name in missing:
+            fetch_released("124M", model_dir, name)
+    return get_encoder("124M", models_dir)
 
 
 def import_checkpoint(model_size, models_dir):

@@ -1,0 +1,133 @@
+"""gpt2.py for training: the same functions, with dropout between them and a faster way back through three of them.
+
+autograd.py differentiates gelu as it stands, product by product, each with an array to keep and a pass over memory.
+Here its forward is still gpt2.gelu, and its backward is one function, derived in docs/backward.md; both go over a few
+rows at a time, so that what they make on the way stays in the processor's cache.
+"""
+
+import importlib.util
+import math
+
+import numpy as np
+
+import gpt2
+from autograd import fuse
+
+PIECE = 2**15  # numbers in a few rows: 128 KiB, of which several fit into the cache of a core
+
+
+def pieces(x):
+    """Slices of the rows of x, [..., n] taken as [rows, n], each of about PIECE numbers."""
+    n_rows, step = x.size // x.shape[-1], max(1, PIECE // x.shape[-1])
+    return [slice(i, i + step) for i in range(0, n_rows, step)]
+
+
+def by_rows(function, *inputs):  # [..., n] each, or [n] -> [..., n]
+    """function(*inputs) for a function that treats every row by itself."""
+    flat = [x.reshape(-1, x.shape[-1]) if x.ndim > 1 else x for x in inputs]
+    y = np.empty_like(flat[0])
+    for rows in pieces(y):
+        y[rows] = function(*(x[rows] if x.ndim > 1 else x for x in flat))
+    return y.reshape(inputs[0].shape)
+
+
+def gelu_backward(dy, x):  # [..., n], [..., n] -> [..., n]
+    c, x2 = math.sqrt(2 / math.pi), x * x
+    t = np.tanh(c * x * (1 + 0.044715 * x2))
+    return dy * (0.5 * (1 + t) + 0.5 * c * x * (1 - t * t) * (1 + 3 * 0.044715 * x2))
+
+
+def softmax_backward(dy, y):  # [..., n], [..., n] -> [..., n]
+    return y * (dy - np.sum(dy * y, axis=-1, keepdims=True))
+
+
+def layer_norm_backward(dy, x, g, eps=1e-5):  # [..., n], [..., n], [n] -> [..., n], [n], [n]
+    """The gradients of x, g and b."""
+    flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    dx, dg = np.empty_like(flat_x), np.zeros_like(g)
+    for rows in pieces(x):
+        x_hat = flat_x[rows] - np.mean(flat_x[rows], axis=-1, keepdims=True)
+        scale = 1 / np.sqrt(np.mean(x_hat * x_hat, axis=-1, keepdims=True) + eps)
+        x_hat *= scale
+        dg += np.sum(flat_dy[rows] * x_hat, axis=0)
+        dx_hat = flat_dy[rows] * g
+        dx_hat -= np.mean(dx_hat, axis=-1, keepdims=True)
+        dx_hat -= x_hat * np.mean(dx_hat * x_hat, axis=-1, keepdims=True)
+        dx[rows] = dx_hat * scale
+    return dx.reshape(x.shape), dg, np.sum(flat_dy, axis=0)
+
+
+def token_losses(logits, targets):  # [..., n_seq, n_vocab], [..., n_seq] -> [..., n_seq]
+    """-log softmax(logits)[target] of every position, in nats."""
+    flat, flat_targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    losses = np.empty(len(flat), logits.dtype)
+    for rows in pieces(flat):
+        z = flat[rows] - np.max(flat[rows], axis=-1, keepdims=True)  # so that exp cannot overflow
+        losses[rows] = np.log(np.sum(np.exp(z), axis=-1)) - z[np.arange(len(z)), flat_targets[rows]]
+    return losses.reshape(targets.shape)
+
+
+def mean_loss_backward(dy, logits, targets):  # [], [..., n_seq, n_vocab], [..., n_seq] -> [..., n_seq, n_vocab]
+    flat, flat_targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    dx = np.empty_like(flat)
+    for rows in pieces(flat):
+        y = gpt2.softmax(flat[rows])
+        y[np.arange(len(y)), flat_targets[rows]] -= 1
+        dx[rows] = y * (dy / len(flat))
+    return dx.reshape(logits.shape)
+
+
+cross_entropy = fuse(  # [..., n_seq, n_vocab], [..., n_seq] -> one number, the mean of token_losses
+    lambda logits, targets: np.mean(token_losses(logits, targets)),
+    lambda dy, y, logits, targets: [mean_loss_backward(dy, logits, targets), None],
+)
+
+
+class Dropout:
+    """Sets each number to 0 with probability p and divides the others by 1 - p (Srivastava et al. 2014, section 10)."""
+
+    def __init__(self, p):
+        self.threshold = round(p * 2**16)  # one draw takes 16 bits: p is kept to 1/65536
+        self.seed(0)
+
+    def seed(self, *numbers):
+        """What is drawn from now on follows from these numbers alone."""
+        self.bits = np.random.SFC64(numbers)
+
+    def mask(self, shape):
+        n = math.prod(shape)
+        numbers = self.bits.random_raw(-(-n // 4)).view(np.uint16)[:n]
+        return (numbers >= self.threshold).reshape(shape)
+
+    def after(self, function):
+        """The function with its result thinned out."""
+        scale = 2**16 / (2**16 - self.threshold)
+        keep = fuse(lambda x, mask: x * mask * scale, lambda dy, y, x, mask: [dy * mask * scale, None])
+
+        def thinned(*args, **kwargs):
+            x = function(*args, **kwargs)
+            return keep(x, self.mask(x.shape))
+
+        return thinned
+
+
+def training_model(dropout=0.0):
+    """The module gpt2 once more, from its own source, with the operations above in place of the functions they equal.
+
+    dropout: the share that is dropped of the embeddings, of the attention weights, and of what attention and ffn add
+    to the residual stream, as in OpenAI's code of 2018 (Radford et al. 2018, section 4.1). Its seed() is in `.drop`.
+    """
+    spec = importlib.util.find_spec("gpt2")
+    model = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(model)
+    gelu, softmax, layer_norm = model.gelu, model.softmax, model.layer_norm
+    model.gelu = fuse(lambda x: by_rows(gelu, x), lambda dy, y, x: [by_rows(gelu_backward, dy, x)])
+    model.softmax = fuse(lambda x: by_rows(softmax, x), lambda dy, y, x: [by_rows(softmax_backward, dy, y)])
+    model.layer_norm = fuse(
+        lambda x, g, b: by_rows(layer_norm, x, g, b), lambda dy, y, x, g, b: layer_norm_backward(dy, x, g)
+    )
+    model.drop = Dropout(dropout)
+    if dropout:
+        for name in ("embed", "softmax", "mha", "ffn"):
+            setattr(model, name, model.drop.after(getattr(model, name)))
+    return model

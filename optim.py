@@ -1,0 +1,74 @@
+"""AdamW (Loshchilov & Hutter 2019, algorithm 2), clipping by the global norm, and the learning rate over the steps."""
+
+import math
+
+import numpy as np
+
+PIECE = 2**16  # numbers updated at a time: all that belongs to them stays in the cache
+
+
+def is_matrix(p):
+    return p.ndim > 1
+
+
+class AdamW:
+    """Adam with decoupled weight decay, on float32 arrays that are changed in place.
+
+    tensors: dict of arrays by name. decays: which of them decay; by default matrices, not offsets and the scales of
+    layer norms (Radford et al. 2018, section 4.1). m, v: dicts of the moments; step: how many updates were made, for
+    the bias correction.
+    """
+
+    def __init__(self, tensors, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, decays=is_matrix):
+        self.tensors, self.beta1, self.beta2, self.eps = tensors, beta1, beta2, eps
+        self.weight_decay = {name: weight_decay * decays(p) for name, p in tensors.items()}
+        self.m = {name: np.zeros_like(p) for name, p in tensors.items()}
+        self.v = {name: np.zeros_like(p) for name, p in tensors.items()}
+        self.step = 0
+
+    def update(self, gradients, learning_rate, scale=1.0, parallel_map=map):
+        """One step down the gradients, dict of arrays by name, each taken times scale.
+
+        parallel_map: the map of a thread pool updates several tensors at a time.
+        """
+        self.step += 1
+        largest_first = sorted(self.tensors, key=lambda name: -self.tensors[name].size)
+        list(parallel_map(lambda name: self.update_tensor(name, gradients[name], learning_rate, scale), largest_first))
+
+    def update_tensor(self, name, gradient, learning_rate, scale):
+        p = self.tensors[name]
+        decay = 1 - learning_rate * self.weight_decay[name]
+        step_size = learning_rate / (1 - self.beta1**self.step)
+        root = math.sqrt(1 - self.beta2**self.step)
+        flat = [a.reshape(-1) for a in (p, gradient, self.m[name], self.v[name])]
+        for i in range(0, p.size, PIECE):
+            w, g, m, v = (a[i : i + PIECE] for a in flat)
+            g = g * scale
+            m *= self.beta1
+            m += (1 - self.beta1) * g
+            v *= self.beta2
+            g *= g
+            g *= 1 - self.beta2
+            v += g
+            np.sqrt(v, out=g)
+            g *= 1 / root
+            g += self.eps
+            np.divide(m, g, out=g)
+            g *= step_size
+            w *= decay
+            w -= g
+
+
+def global_norm(gradients, parallel_map=map):
+    """The Euclidean norm of all gradients, dict of arrays, as one vector (Pascanu et al. 2013, section 3.2)."""
+    return math.sqrt(sum(parallel_map(lambda g: float(np.dot(g.reshape(-1), g.reshape(-1))), gradients.values())))
+
+
+def learning_rate_at(step, learning_rate, min_lr, warmup_iters, lr_decay_iters):
+    """Linear warm-up from 0, then half a cosine down to min_lr at lr_decay_iters (Loshchilov & Hutter 2017, eq. 5)."""
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / warmup_iters
+    if step >= lr_decay_iters:
+        return min_lr
+    progress = (step - warmup_iters) / max(1, lr_decay_iters - warmup_iters)
+    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)

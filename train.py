@@ -1,0 +1,302 @@
+"""Trains GPT-2 in NumPy, from scratch or from a model that is there: python train.py --help
+
+The forward pass is gpt2.py's. The batch is cut into as many shards as there are cores; each goes through the model and
+back in a thread of its own, since NumPy's operations, unlike its matrix products, use one core each.
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+import fused
+import gpt2
+from autograd import Tensor
+from checkpoint import nest, save_params, save_safetensors, tensor_shapes
+from data import even_windows, open_tokens, random_windows
+from encoder import END_OF_TEXT
+from errors import UserError
+from files import replacing
+from optim import AdamW, global_norm, learning_rate_at
+from sampling import make_sampler
+
+LOG_INTERVAL, SAMPLE_TOKENS = 10, 100  # steps, tokens
+NEW_STATE = {"step": 0, "evaluated_step": -1, "saved_step": -1, "seconds": 0.0, "best_loss": math.inf}
+LOG, PICTURE, STATE = "log.jsonl", "loss.png", "training.safetensors"
+
+
+def lm_loss(params, inputs, targets, n_head, model=gpt2):  # dict, [batch, n_seq], [batch, n_seq] -> one number
+    """Mean cross-entropy in nats of the model's predictions; a Tensor where params holds Tensors.
+
+    model: gpt2, gpt2_pico, or fused.training_model(), which is gpt2 with dropout and less to keep for the way back.
+    """
+    return fused.cross_entropy(model.gpt2(inputs, **params, n_head=n_head), targets)
+
+
+def loss_and_gradients(tensors, hparams, inputs, targets, model=gpt2, weight=1.0):
+    """(weight * lm_loss, its gradients by tensor name) for tensors by checkpoint name."""
+    leaves = {name: Tensor(array) for name, array in tensors.items()}
+    loss = lm_loss(nest(leaves, hparams["n_layer"]), inputs, targets, hparams["n_head"], model) * weight
+    loss.backward()
+    return loss.item(), {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def initial_tensors(hparams, seed):
+    """GPT-2's initialization: normal with deviation 0.02, 0.01 for wpe; the projections that add to the residual
+    stream scaled by 1/sqrt(2*n_layer) (Radford et al. 2019, section 2.3); scales 1, offsets 0."""
+    rng, tensors = np.random.default_rng(seed), {}
+    for name, shape in tensor_shapes(**hparams).items():
+        deviation = 0.01 if name == "wpe" else 0.02
+        if name.endswith("c_proj/w"):
+            deviation /= math.sqrt(2 * hparams["n_layer"])
+        tensors[name] = np.full(shape, name.endswith("/g"), np.float32)
+        if len(shape) > 1:
+            tensors[name] = rng.standard_normal(shape, dtype=np.float32) * np.float32(deviation)
+    return tensors
+
+
+class Trainer:
+    """A model folder being trained. options: a dict, the command line's; state: the figures that go on and on."""
+
+    def __init__(self, model_dir, options, encoder, hparams, tensors, state=None):
+        self.model_dir, self.options, self.encoder, self.hparams = model_dir, options, encoder, hparams
+        self.tensors, self.params = tensors, nest(tensors, hparams["n_layer"])
+        self.state = NEW_STATE | (state or {})
+        self.data = {split: open_tokens(os.path.join(model_dir, f"{split}.bin")) for split in ("train", "val")}
+        names = ("beta1", "beta2", "weight_decay")
+        self.optimizer = AdamW(tensors, **{name: options[name] for name in names})
+        self.n_shards = min(options["threads"], options["batch_size"])
+        self.models = [fused.training_model(options["dropout"]) for _ in range(self.n_shards)]
+        self.eval_model = fused.training_model()
+        self.interrupted, self.step_seconds = False, []
+
+    def run(self):
+        """Trains up to max_iters; returns whether it came that far, which it does not when Ctrl-C ends it."""
+        options, state = self.options, self.state
+        blas_threads = max(1, options["threads"] // self.n_shards)
+        bar = tqdm(total=options["max_iters"], initial=state["step"], unit="step", disable=None, dynamic_ncols=True)
+        with bar, ThreadPoolExecutor(self.n_shards) as self.pool, threadpool_limits(blas_threads), self.sigint():
+            self.bar, self.clock = bar, time.perf_counter()
+            while True:
+                at_end = state["step"] >= options["max_iters"]
+                due = at_end or state["step"] % options["eval_interval"] == 0
+                if due and state["step"] != state["evaluated_step"]:
+                    self.evaluate()
+                if at_end or self.interrupted:
+                    break
+                started = time.perf_counter()
+                self.log_step(self.train_step(), time.perf_counter() - started)
+            if state["step"] != state["saved_step"]:
+                self.save()
+        return at_end
+
+    @contextlib.contextmanager
+    def sigint(self):
+        """Ctrl-C lets the step end; a second one does not."""
+
+        def handler(*_):
+            self.interrupted = True
+            signal.signal(signal.SIGINT, before)
+            self.say("stopping when this step is done; Ctrl-C again stops at once, without saving")
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    # One step
+
+    def train_step(self):
+        """One update of every tensor; returns the loss before it, the learning rate and the norm of the gradients."""
+        options, step = self.options, self.state["step"]
+        loss, gradients = self.all_gradients(step)
+        norm = global_norm(gradients, self.pool.map)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise UserError(self.explain_divergence(loss))
+        peak, last = options["learning_rate"], options["lr_decay_iters"] or options["max_iters"]
+        lowest = peak / 20 if options["min_lr"] is None else options["min_lr"]
+        learning_rate = learning_rate_at(step, peak, lowest, options["warmup_iters"], last)
+        scale = min(1.0, options["grad_clip"] / norm) if options["grad_clip"] and norm else 1.0
+        self.optimizer.update(gradients, learning_rate, scale, self.pool.map)
+        self.state["step"] += 1
+        return {"loss": loss, "learning_rate": learning_rate, "gradient_norm": norm}
+
+    def all_gradients(self, step):
+        """The mean loss over all batches of a step and its gradients, summed over the batches and their shards."""
+        options, total_loss, total = self.options, 0.0, {}
+        n_batches = options["gradient_accumulation_steps"]
+
+        def one_shard(inputs, targets, model):
+            weight = len(inputs) / options["batch_size"] / n_batches
+            return loss_and_gradients(self.tensors, self.hparams, inputs, targets, model, weight)
+
+        for i in range(n_batches):
+            rng = np.random.default_rng([options["seed"], step, i])  # the same draws, resumed or not
+            for j, model in enumerate(self.models):
+                model.drop.seed(options["seed"], step, i, j)
+            batch = random_windows(self.data["train"], rng, options["batch_size"], options["block_size"])
+            shards = [np.array_split(a, self.n_shards) for a in batch]
+            for loss, gradients in self.pool.map(one_shard, *shards, self.models):
+                total_loss += loss
+                self.add_to(total, gradients)
+        return total_loss, total
+
+    def add_to(self, total, gradients):
+        if not total:
+            total.update(gradients)
+            return
+        list(self.pool.map(lambda name: np.add(total[name], gradients[name], out=total[name]), total))
+
+    def explain_divergence(self, loss):
+        step, saved = self.state["step"], self.state["saved_step"]
+        slower = self.options["learning_rate"] / 3
+        return (
+            f"the loss is {loss} at step {step}: training diverged. {self.model_dir} keeps step {saved}; go on from "
+            f"there with a smaller step: python train.py {self.name_options()} --resume --learning_rate {slower:.1g}"
+        )
+
+    def name_options(self):
+        name, models_dir = self.options["name"], self.options["models_dir"]
+        return f"--name {name}" + ("" if models_dir == "models" else f" --models_dir {models_dir}")
+
+    # What is seen of it
+
+    def estimate_loss(self, split):
+        """The mean loss, in nats a token, over eval_iters batches of evenly spaced windows, the same every time."""
+        options = self.options
+        n_windows = options["eval_iters"] * options["batch_size"]
+        inputs, targets = even_windows(self.data[split], n_windows, options["block_size"])
+        step = -(-options["batch_size"] // self.n_shards)
+        starts = range(0, len(inputs), step)
+
+        def total_loss(i):
+            logits = self.eval_model.gpt2(inputs[i : i + step], **self.params, n_head=self.hparams["n_head"])
+            return float(np.sum(fused.token_losses(logits, targets[i : i + step]), dtype=np.float64))
+
+        return sum(self.pool.map(total_loss, starts)) / inputs.size
+
+    def evaluate(self):
+        """Both losses, a sample and what is saved; the weights of the lowest validation loss are the model."""
+        state = self.state
+        losses = {f"{split}_loss": self.estimate_loss(split) for split in ("train", "val")}
+        nats = losses["val_loss"] / self.options["val_chars_per_token"]
+        state["evaluated_step"] = state["step"]
+        is_best = losses["val_loss"] < state["best_loss"]
+        if is_best:
+            state |= {"best_loss": losses["val_loss"], "best_step": state["step"], "best_nats_per_char": nats}
+            save_params(self.model_dir, self.params, self.hparams, self.encoder.encoder.get(END_OF_TEXT))
+        self.log(losses | {"val_nats_per_char": nats})
+        self.save()
+        self.draw_losses()
+        self.say(
+            f"step {state['step']}: train loss {losses['train_loss']:.4f}, validation loss {losses['val_loss']:.4f} "
+            f"({nats:.4f} nats a character{', the best so far' if is_best else ''}), {state['seconds']:.0f} s"
+        )
+        self.say(self.sample())
+
+    def sample(self):
+        """Some text from the weights as they are, each line behind a bar."""
+        start = (
+            [self.encoder.encoder[END_OF_TEXT]] if END_OF_TEXT in self.encoder.encoder else self.encoder.encode("\n")
+        )
+        n = min(SAMPLE_TOKENS, self.hparams["n_ctx"] - len(start))
+        choose = make_sampler(temperature=0.8, top_k=40, top_p=1.0, seed=self.options["seed"])
+        ids = gpt2.generate(start, self.params, self.hparams["n_head"], n, sample=choose)
+        return "\n".join("    | " + line for line in self.encoder.decode(ids).split("\n"))
+
+    def log_step(self, figures, seconds):
+        """The bar at each step, a line of the log every LOG_INTERVAL steps."""
+        options, state = self.options, self.state
+        self.step_seconds.append(seconds)
+        tokens = options["batch_size"] * options["gradient_accumulation_steps"] * options["block_size"]
+        speed = round(tokens * len(self.step_seconds) / sum(self.step_seconds))
+        self.bar.set_postfix_str(f"loss {figures['loss']:.3f}, {speed} tokens/s", refresh=False)
+        self.bar.update()
+        if state["step"] % LOG_INTERVAL == 0:
+            self.log(figures | {"tokens_per_second": speed})
+            self.step_seconds.clear()
+
+    def log(self, figures):
+        """One line of JSON; a run that is resumed drops the lines that came after what it goes on from."""
+        line = {"step": self.state["step"], "seconds": round(self.tick(), 2)} | figures
+        with open(os.path.join(self.model_dir, LOG), "a", encoding="utf-8") as f:
+            f.write(json.dumps(line) + "\n")
+
+    def tick(self):
+        """The seconds of training so far, evaluations and saving included, those of earlier runs too."""
+        now = time.perf_counter()
+        self.state["seconds"] += now - self.clock
+        self.clock = now
+        return self.state["seconds"]
+
+    def say(self, text):
+        self.bar.write(text, file=sys.stderr)
+
+    def draw_losses(self):
+        """loss.png, both curves; nothing where matplotlib is not installed."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return
+        steps = read_log(self.model_dir)
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a token)", title=self.options["name"])
+        for key, label in (("loss", "batch"), ("train_loss", "training text"), ("val_loss", "validation text")):
+            points = [(line["step"], line[key]) for line in steps if key in line]
+            style = {"alpha": 0.3, "linewidth": 1} if key == "loss" else {"marker": "."}
+            axes.plot(*zip(*points, strict=True) if points else ([], []), label=label, **style)
+        axes.legend()
+        with replacing(os.path.join(self.model_dir, PICTURE)) as f:
+            figure.savefig(f, format="png", dpi=120)
+
+    # What is kept of it
+
+    def save(self):
+        """Everything that a resumed run needs, in one file: weights, moments, figures, options."""
+        self.tick()
+        self.state["saved_step"] = self.state["step"]
+        parts = {"w": self.tensors, "m": self.optimizer.m, "v": self.optimizer.v}
+        tensors = {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
+        metadata = {"state": json.dumps(self.state), "options": json.dumps(self.options)}
+        save_safetensors(os.path.join(self.model_dir, STATE), tensors, metadata)
+
+    def load_moments(self, saved):
+        """saved: the tensors of save()'s file."""
+        for part, arrays in (("m", self.optimizer.m), ("v", self.optimizer.v)):
+            for name in arrays:
+                arrays[name][...] = saved[f"{part}/{name}"]
+        self.optimizer.step = self.state["step"]
+
+
+def read_log(model_dir, last_step=math.inf):
+    """The lines of the log up to a step, as dicts."""
+    path = os.path.join(model_dir, LOG)
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as f:
+        lines = [json.loads(line) for line in f if line.endswith("}\n")]  # a run that was killed may leave half a line
+    return [line for line in lines if line["step"] <= last_step]
+
+
+def main(argv=None):
+    """The command line (train_cli.py says what it takes); returns the exit code."""
+    from train_cli import run
+
+    return run(argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,303 @@
+"""The command line of train.py: options and presets, what a new model starts from, what a resumed one goes on from.
+
+Standard output carries one line at the end, what was made; the rest goes to standard error. Exit codes as in cli.py.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import sys
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from checkpoint import flatten, load_hparams, load_safetensors, tensor_shapes
+from cli import EXIT_INTERRUPTED, Parser, exit_code, number, positive_number, whole_number
+from data import N_BYTES, N_IDS, encode_splits, read_dataset, save_tokens, split_text, train_encoder
+from encoder import END_OF_TEXT, get_encoder, save_encoder
+from errors import UserError
+from files import replacing
+from train import LOG, PICTURE, STATE, Trainer, initial_tensors, read_log
+from utils import N_PARAMS, load_encoder_hparams_and_params, load_gpt2_encoder
+
+COMMON = {
+    "layout": "plain",
+    "gradient_accumulation_steps": 1,
+    "eval_interval": 250,
+    "eval_iters": 20,
+    "weight_decay": 0.1,
+    "beta1": 0.9,
+    "beta2": 0.99,
+    "grad_clip": 1.0,
+    "min_lr": None,  # a twentieth of learning_rate
+    "lr_decay_iters": None,  # max_iters
+    "seed": 1337,
+}
+SCRATCH = COMMON | {
+    "tokenizer": "bpe",
+    "vocab_size": 512,
+    "block_size": 128,
+    "batch_size": 32,
+    "learning_rate": 2e-3,
+    "warmup_iters": 100,
+}
+PRESETS = {
+    "3min": SCRATCH | {"n_layer": 4, "n_head": 4, "n_embd": 128, "dropout": 0.1, "max_iters": 1000},
+    "1h": SCRATCH | {"n_layer": 6, "n_head": 6, "n_embd": 192, "dropout": 0.2, "max_iters": 8000},
+    "finetune": COMMON
+    | {"block_size": 256, "batch_size": 4, "learning_rate": 5e-5, "warmup_iters": 10, "dropout": 0.1, "max_iters": 200}
+    | {"eval_interval": 50},
+}
+SHAPE = ("n_layer", "n_head", "n_embd", "tokenizer", "vocab_size")  # of a new model; one that is fine-tuned has its own
+FIXED = (*SHAPE, "init_from", "dataset", "layout", "block_size", "seed")  # what --resume cannot change
+
+
+def rate(text):
+    if not 0 <= number(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number from 0 up")
+    return number(text)
+
+
+def positive_rate(text):
+    if not 0 < number(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
+    return number(text)
+
+
+def share(text):
+    if not 0 <= number(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not from 0 up and below 1")
+    return number(text)
+
+
+def model_name(text):
+    if not re.fullmatch(r"\w[\w.-]*", text) or text in N_PARAMS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name for a new model: letters, digits, - . _, not {text!r}")
+    return text
+
+
+def make_parser():
+    parser = Parser(
+        prog="train.py",
+        description="Train a GPT-2 on a text, from scratch or from a model that is there.",
+        epilog="An option left out has the preset's value, or with --resume the one it had.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add("--name", required=True, type=model_name, help="the model made: a folder under models_dir")
+    add("--dataset", metavar="FILE", help="a UTF-8 text file, or tinyshakespeare, which is downloaded")
+    add("--init_from", metavar="MODEL", help="fine-tune this model (124M, ...); scratch makes a new one (default)")
+    add("--preset", choices=PRESETS, help="3min (default), 1h or finetune (default with --init_from)")
+    add("--resume", action="store_true", help="go on from where --name was saved")
+    add("--overwrite", action="store_true", help="replace the model --name, if it is there")
+    add("--models_dir", metavar="DIR", default="models", help="where the model folders are (default models)")
+    add("--data_dir", metavar="DIR", default="data", help="where tinyshakespeare is downloaded to (default data)")
+    add("--device", choices=["cpu"], help="cpu is what NumPy runs on")
+    add("--threads", type=positive_number, metavar="N", help="batches are computed in N shards (default: the cores)")
+    shape = parser.add_argument_group("the new model")
+    shape.add_argument("--n_layer", type=positive_number, metavar="N", help="blocks")
+    shape.add_argument("--n_head", type=positive_number, metavar="N", help="attention heads a block")
+    shape.add_argument("--n_embd", type=positive_number, metavar="N", help="width, a multiple of n_head")
+    shape.add_argument("--tokenizer", choices=["bpe", "bytes", "gpt2"], help="bpe learns merges from the text")
+    shape.add_argument("--vocab_size", type=positive_number, metavar="N", help="tokens of a bpe, at least 256")
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--layout", choices=["plain", "sections"], help=f"sections: {END_OF_TEXT} before each part after a blank line"
+    )
+    data.add_argument("--block_size", type=positive_number, metavar="N", help="tokens of context to train on")
+    data.add_argument("--batch_size", type=positive_number, metavar="N", help="blocks at a time")
+    data.add_argument("--gradient_accumulation_steps", type=positive_number, metavar="N", help="batches a step")
+    training = parser.add_argument_group("training")
+    training.add_argument("--max_iters", type=whole_number, metavar="N", help="steps in all")
+    training.add_argument("--learning_rate", type=positive_rate, metavar="X", help="AdamW's, after the warm-up")
+    training.add_argument("--warmup_iters", type=whole_number, metavar="N", help="steps from 0 to learning_rate")
+    training.add_argument("--lr_decay_iters", type=positive_number, metavar="N", help="steps to min_lr: max_iters")
+    training.add_argument("--min_lr", type=rate, metavar="X", help="where the cosine ends: learning_rate / 20")
+    training.add_argument("--weight_decay", type=rate, metavar="X", help="of matrices")
+    training.add_argument("--beta1", type=share, metavar="X", help="AdamW's average of gradients")
+    training.add_argument("--beta2", type=share, metavar="X", help="AdamW's average of their squares")
+    training.add_argument("--grad_clip", type=rate, metavar="X", help="the gradients' largest norm (0: any)")
+    training.add_argument("--dropout", type=share, metavar="P", help="the share that is dropped while training")
+    training.add_argument("--seed", type=whole_number, metavar="N", help="the same seed trains the same model")
+    training.add_argument("--eval_interval", type=positive_number, metavar="N", help="steps between evaluations")
+    training.add_argument("--eval_iters", type=positive_number, metavar="N", help="batches an evaluation takes")
+    return parser
+
+
+def run(argv=None):
+    """Runs the command line argv (default sys.argv[1:]) and returns its exit code."""
+    return exit_code("train.py", lambda: train(vars(make_parser().parse_args(argv))))
+
+
+def train(given):
+    """given: the options on the command line. Returns the exit code."""
+    given["models_dir"] = os.path.expanduser(given["models_dir"])
+    model_dir = os.path.join(given["models_dir"], given["name"])
+    resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
+    if resume and overwrite:
+        raise UserError("give --resume or --overwrite, not both: one goes on with the model, one begins anew")
+    if not (resume or overwrite) and os.path.isdir(model_dir) and set(os.listdir(model_dir)) - {".lock"}:
+        raise UserError(f"{model_dir} exists; --resume goes on with it, --overwrite replaces it")
+    if resume and not os.path.exists(os.path.join(model_dir, STATE)):
+        raise UserError(f"{model_dir} has no {STATE} to resume from; start without --resume")
+    prepare = resumed_trainer if resume else new_trainer
+    try:
+        with locked(model_dir):
+            trainer = prepare(model_dir, given)
+            finished = trainer.run()
+    finally:
+        with contextlib.suppress(OSError):
+            os.rmdir(model_dir)  # if nothing came of it
+    return report(trainer, finished)
+
+
+def report(trainer, finished):
+    state, options = trainer.state, trainer.options
+    if not finished:
+        print(
+            f"stopped at step {state['step']} of {options['max_iters']}, saved; go on with: "
+            f"python train.py {trainer.name_options()} --resume",
+            file=sys.stderr,
+        )
+        return EXIT_INTERRUPTED
+    nats = state["best_loss"] / options["val_chars_per_token"]
+    print(
+        f"{trainer.model_dir}: validation loss {state['best_loss']:.4f} nats a token, {nats:.4f} a character, "
+        f"at step {state['best_step']} of {options['max_iters']}; {state['seconds']:.0f} s"
+    )
+    return 0
+
+
+@contextlib.contextmanager
+def locked(model_dir):
+    """The folder, made if need be, while no other process trains in it."""
+    try:
+        os.makedirs(model_dir, exist_ok=True)
+        lock = FileLock(os.path.join(model_dir, ".lock"))
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process is training {model_dir}; wait for it, or choose another --name") from None
+    except OSError as error:
+        raise UserError(f"cannot write to {model_dir} ({error.strerror}); choose another --models_dir") from None
+    try:
+        yield
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):
+            os.remove(lock.lock_file)
+
+
+# A new model
+
+
+def new_trainer(model_dir, given):
+    """Reads and checks everything before anything is written or replaced."""
+    options = resolve(given)
+    text = read_dataset(options["dataset"], options["data_dir"])
+    if options["init_from"] == "scratch":
+        encoder = new_encoder(options, text)
+        shape = {name: options[name] for name in ("n_embd", "n_head", "n_layer")}
+        hparams = {"n_vocab": len(encoder.encoder), "n_ctx": options["block_size"]} | shape
+        tensors = initial_tensors(hparams, options["seed"])
+    else:
+        encoder, hparams, params = load_encoder_hparams_and_params(options["init_from"], options["models_dir"])
+        tensors = {name: np.array(tensor) for name, tensor in flatten(params, hparams).items()}  # to be written to
+        check_fine_tuning(options, encoder, hparams)
+    train_ids, val_ids, val_chars = encode_splits(text, encoder, options["layout"])
+    shorter = min(len(train_ids), len(val_ids))
+    if shorter <= options["block_size"]:
+        raise UserError(
+            f"{options['dataset']} gives {len(train_ids)} tokens to train on and {len(val_ids)} to validate on; each "
+            f"must be more than --block_size {options['block_size']}: take a longer text"
+            + (f", or --block_size {shorter - 1}" if shorter > 1 else "")
+        )
+    options["val_chars_per_token"] = val_chars / len(val_ids)
+    for name in (STATE, LOG, PICTURE, "model.safetensors", "config.json"):  # of the model that is replaced
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(model_dir, name))
+    with replacing(os.path.join(model_dir, "hparams.json")) as f:
+        f.write(json.dumps(hparams).encode("utf-8"))
+    save_encoder(encoder, model_dir)
+    save_tokens(os.path.join(model_dir, "train.bin"), train_ids)
+    save_tokens(os.path.join(model_dir, "val.bin"), val_ids)
+    announce(options, hparams, tensors, len(train_ids), len(val_ids))
+    return Trainer(model_dir, options, encoder, hparams, tensors)
+
+
+def resolve(given):
+    """All options: those given, the preset's for the others. Raises UserError where they do not go together."""
+    if "dataset" not in given:
+        raise UserError("--dataset is needed: a text file to learn from, or tinyshakespeare")
+    fine_tunes = given.get("init_from", "scratch") != "scratch"
+    preset = given.get("preset", "finetune" if fine_tunes else "3min")
+    if fine_tunes != (preset == "finetune"):
+        raise UserError(
+            f"--preset {preset} is for {'new models' if fine_tunes else '--init_from a model'}; leave it out"
+        )
+    if fine_tunes and (own := [name for name in SHAPE if name in given]):
+        raise UserError(f"--{own[0]} comes from {given['init_from']} and cannot be chosen; leave it out")
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    options = {"init_from": "scratch", "threads": threads, "device": "cpu"} | PRESETS[preset] | given
+    if not fine_tunes and options["n_embd"] % options["n_head"]:
+        raise UserError(f"--n_embd {options['n_embd']} is not a multiple of --n_head {options['n_head']}")
+    return options
+
+
+def new_encoder(options, text):
+    """The tokenizer of a new model."""
+    if options["tokenizer"] == "gpt2":
+        return load_gpt2_encoder(options["models_dir"])
+    end_of_text = options["layout"] == "sections"
+    vocab_size = N_BYTES + end_of_text if options["tokenizer"] == "bytes" else options["vocab_size"]
+    return train_encoder(split_text(text)[0], vocab_size, end_of_text)
+
+
+def check_fine_tuning(options, encoder, hparams):
+    model, n_ctx = options["init_from"], hparams["n_ctx"]
+    if options["block_size"] > n_ctx:
+        raise UserError(
+            f"--block_size {options['block_size']} is beyond {model}'s context of {n_ctx}; set {n_ctx} or less"
+        )
+    if hparams["n_vocab"] > N_IDS:
+        raise UserError(f"{model} has {hparams['n_vocab']} tokens; ids are kept in 16 bits, which hold {N_IDS}")
+    if options["layout"] == "sections" and END_OF_TEXT not in encoder.encoder:
+        raise UserError(f"{model} has no {END_OF_TEXT} to begin sections with; leave out --layout sections")
+
+
+def announce(options, hparams, tensors, n_train, n_val):
+    n_params = sum(tensor.size for tensor in tensors.values())
+    shape = ", ".join(f"{name} {value}" for name, value in hparams.items())
+    step = options["batch_size"] * options["gradient_accumulation_steps"] * options["block_size"]
+    print(
+        f"{n_params / 1e6:.2f} M parameters ({shape}); {n_train} tokens to train on, {n_val} to validate on; "
+        f"{options['max_iters']} steps of {step} tokens = {options['max_iters'] * step / n_train:.1f} times the text",
+        file=sys.stderr,
+    )
+
+
+# A model to go on with
+
+
+def resumed_trainer(model_dir, given):
+    saved, metadata = load_safetensors(os.path.join(model_dir, STATE))
+    state, before = json.loads(metadata["state"]), json.loads(metadata["options"])
+    for name in FIXED:
+        if name in given and given[name] != before.get(name):
+            raise UserError(
+                f"--{name} {given[name]} is not what {model_dir} is trained with ({before.get(name)}); leave it out, "
+                "or start another --name"
+            )
+    given.pop("preset", None)
+    encoder, hparams = get_encoder(given["name"], given["models_dir"]), load_hparams(model_dir)
+    tensors = {name: np.array(saved[f"w/{name}"]) for name in tensor_shapes(**hparams)}
+    trainer = Trainer(model_dir, before | given, encoder, hparams, tensors, state)
+    trainer.load_moments(saved)
+    lines = read_log(model_dir, state["step"])
+    with replacing(os.path.join(model_dir, LOG)) as f:
+        f.write("".join(json.dumps(line) + "\n" for line in lines).encode("utf-8"))
+    print(f"going on from step {state['step']} of {trainer.options['max_iters']}", file=sys.stderr)
+    return trainer
