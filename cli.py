@@ -60,6 +60,10 @@ def probability(text):
     return number(text)
 
 
+def n_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def make_parser():
     parser = Parser(
         prog="gpt2.py",

@@ -146,7 +146,7 @@ class Trainer:
         for i in range(n_batches):
             rng = np.random.default_rng([options["seed"], step, i])  # the same draws, resumed or not
             for j, model in enumerate(self.models):
-                model.drop.seed(options["seed"], step, i, j)
+                model.drop.seed(options["seed"], step, i, j + 1)
             batch = random_windows(self.data["train"], rng, options["batch_size"], options["block_size"])
             shards = [np.array_split(a, self.n_shards) for a in batch]
             for loss, gradients in self.pool.map(one_shard, *shards, self.models):

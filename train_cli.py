@@ -15,7 +15,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from checkpoint import flatten, load_hparams, load_safetensors, tensor_shapes
-from cli import EXIT_INTERRUPTED, Parser, exit_code, number, positive_number, whole_number
+from cli import EXIT_INTERRUPTED, Parser, exit_code, n_cores, number, positive_number, whole_number
 from data import N_BYTES, N_IDS, encode_splits, read_dataset, save_tokens, split_text, train_encoder
 from encoder import END_OF_TEXT, get_encoder, save_encoder
 from errors import UserError
@@ -240,8 +240,7 @@ def resolve(given):
         )
     if fine_tunes and (own := [name for name in SHAPE if name in given]):
         raise UserError(f"--{own[0]} comes from {given['init_from']} and cannot be chosen; leave it out")
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    options = {"init_from": "scratch", "threads": threads, "device": "cpu"} | PRESETS[preset] | given
+    options = {"init_from": "scratch", "threads": n_cores(), "device": "cpu"} | PRESETS[preset] | given
     if not fine_tunes and options["n_embd"] % options["n_head"]:
         raise UserError(f"--n_embd {options['n_embd']} is not a multiple of --n_head {options['n_head']}")
     return options

@@ -1,0 +1,111 @@
+"""How well a model predicts a text: python evaluate.py wikitext2-test.txt --model_size 124M
+
+A text longer than the context is read through a window. A window is `context` tokens, the next begins `stride` tokens
+later, and of each (but the first) the last `stride` are scored, so that every token but the very first is scored once,
+with at least context - stride tokens before it. A smaller stride costs more passes and gives a lower loss; figures are
+comparable only at the same context and stride. stride = context is the cheapest: each token is read once.
+
+Perplexity is per token of the model's vocabulary, and on the text as it is: the GPT-2 paper's (Radford et al. 2019,
+table 3) are per word, of texts freed of artefacts, and are other numbers. Nats a character compare across vocabularies.
+"""
+
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+import fused
+from cli import Parser, exit_code, n_cores, positive_number
+from data import read_dataset, split_text
+from errors import UserError
+from utils import load_encoder_hparams_and_params
+
+LOGITS_AT_ONCE = 2**25  # as many windows go through the model together as have about so many
+
+
+def windows(n_inputs, context, stride):
+    """(start, how many positions the windows before it have scored) of each window; the last ends with the text."""
+    starts = [*range(0, n_inputs - context, stride), max(0, n_inputs - context)]
+    return [(start, before + context - start) for before, start in zip([-context, *starts], starts, strict=False)]
+
+
+def total_loss(ids, params, n_head, context, stride, threads=1):
+    """The summed -log probability, in nats, of ids[1:], each given the ids before it that its window holds.
+
+    ids: [n] of at least two. Raises ValueError unless 1 <= stride <= context <= the model's context.
+    """
+    n_ctx, n_vocab = params["wpe"].shape[0], params["wte"].shape[0]
+    if not 1 <= stride <= context <= n_ctx:
+        raise ValueError(f"stride {stride}, context {context} and the model's context {n_ctx} must be in this order")
+    ids, model, n_inputs = np.asarray(ids, dtype=int), fused.training_model(), len(ids) - 1
+    context = min(context, n_inputs)
+    todo, batch_size = windows(n_inputs, context, stride), max(1, LOGITS_AT_ONCE // (context * n_vocab))
+
+    def batch_loss(batch):
+        rows = np.stack([ids[start : start + context + 1] for start, _ in batch])  # -> [batch, context+1]
+        losses = fused.token_losses(model.gpt2(rows[:, :-1], **params, n_head=n_head), rows[:, 1:])
+        return sum(
+            float(np.sum(row[scored:], dtype=np.float64)) for row, (_, scored) in zip(losses, batch, strict=True)
+        )
+
+    batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
+    with ThreadPoolExecutor(threads) as pool, threadpool_limits(1 if len(batches) > 1 else threads):
+        return sum(tqdm(pool.map(batch_loss, batches), total=len(batches), unit="batch", disable=None, leave=False))
+
+
+def make_parser():
+    parser = Parser(prog="evaluate.py", description="Loss and perplexity of a text under a model.", allow_abbrev=False)
+    add = parser.add_argument
+    add("dataset", metavar="FILE", help="a UTF-8 text file, or tinyshakespeare, which is downloaded")
+    add("--split", choices=["all", "train", "val"], default="all", help="val: the last tenth, as train.py holds out")
+    add("--model_size", default="124M", help="the model, as for gpt2.py (default 124M)")
+    add("--context", type=positive_number, metavar="N", help="tokens a window holds (default: the model's context)")
+    add("--stride", type=positive_number, metavar="N", help="tokens from window to window (default: half the context)")
+    add("--models_dir", default="models", metavar="DIR", help="where the model folders are (default models)")
+    add("--data_dir", default="data", metavar="DIR", help="where tinyshakespeare is downloaded to (default data)")
+    add(
+        "--threads", type=positive_number, default=n_cores(), metavar="N", help="windows at a time (default: the cores)"
+    )
+    return parser
+
+
+def evaluate(options):
+    """Prints the figures."""
+    text = read_dataset(options.dataset, options.data_dir)
+    text = {"all": text, "train": split_text(text)[0], "val": split_text(text)[1]}[options.split]
+    encoder, hparams, params = load_encoder_hparams_and_params(
+        options.model_size, os.path.expanduser(options.models_dir)
+    )
+    context = options.context or hparams["n_ctx"]
+    stride = options.stride or max(1, context // 2)
+    if not stride <= context <= hparams["n_ctx"]:
+        raise UserError(
+            f"--stride {stride}, --context {context}, and {hparams['n_ctx']}, the context of {options.model_size}: each "
+            "may be at most the next; choose smaller ones"
+        )
+    ids = encoder.encode(text)
+    if len(ids) < 2:
+        raise UserError(f"{options.dataset} gives {len(ids)} tokens; the first is not scored, so at least 2 are needed")
+    loss = total_loss(ids, params, hparams["n_head"], context, stride, options.threads) / (len(ids) - 1)
+    scored = encoder.decode(ids[1:])
+    per_char, per_byte = ((len(ids) - 1) * loss / len(whole) for whole in (scored, scored.encode("utf-8")))
+    print(
+        f"{options.model_size} on {options.dataset} ({options.split}): {len(ids)} tokens, {len(text)} characters\n"
+        f"context {context}, stride {stride}\n"
+        f"loss        {loss:.4f} nats a token\n"
+        f"perplexity  {math.exp(loss):.4f} a token\n"
+        f"            {per_char:.4f} nats a character\n"
+        f"            {per_byte / math.log(2):.4f} bits a byte"
+    )
+
+
+def main(argv=None):
+    """Runs the command line argv (default sys.argv[1:]) and returns its exit code."""
+    return exit_code("evaluate.py", lambda: evaluate(make_parser().parse_args(argv)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,431 @@
+"""autograd.py against finite differences in float64 and against PyTorch."""
+
+import functools
+import gc
+import itertools
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+import fused
+import gpt2
+import gpt2_pico
+from autograd import OPERATIONS, Tensor, fuse
+from checkpoint import nest
+from tests import gradients
+from tests.random_model import random_tensors
+from train import lm_loss, loss_and_gradients
+
+
+def rand(*shape):
+    """Float64, away from 0 and positive, so that every function below is smooth where it is taken."""
+    return np.random.default_rng(len(shape) + sum(shape)).uniform(0.5, 1.5, shape)
+
+
+def numeric_gradient(function, arrays, i, step=1e-6):
+    """d sum(function) / d arrays[i], entry by entry."""
+    gradient = np.zeros_like(arrays[i])
+    for index in np.ndindex(arrays[i].shape):
+        ends = []
+        for sign in (1, -1):
+            moved = [a.copy() for a in arrays]
+            moved[i][index] += sign * step
+            ends.append(np.sum(weighted(function(*moved))))
+        gradient[index] = (ends[0] - ends[1]) / (2 * step)
+    return gradient
+
+
+def weighted(y):
+    """y with another weight for each of its numbers: a plain sum has the gradient 1 everywhere."""
+    return y * np.cos(np.arange(y.size)).reshape(y.shape)
+
+
+IDS = np.array([[2, 0, 2], [1, 2, 2]])
+CASES = {
+    "add": (np.add, rand(2, 3), rand(2, 3)),
+    "add, broadcast": (np.add, rand(4, 2, 3), rand(2, 1)),
+    "subtract": (np.subtract, rand(2, 3), rand(3)),
+    "negative": (np.negative, rand(3)),
+    "multiply, broadcast twice": (np.multiply, rand(4, 1, 3), rand(2, 1)),
+    "multiply by a number": (np.multiply, rand(), rand(2, 3)),
+    "divide": (np.divide, rand(2, 3), rand(1, 3)),
+    "power": (np.power, rand(2, 3), rand(3)),
+    "square": (lambda x: x**2, rand(2, 3)),
+    "sqrt": (np.sqrt, rand(2, 3)),
+    "exp": (np.exp, rand(2, 3)),
+    "log": (np.log, rand(2, 3)),
+    "tanh": (np.tanh, rand(2, 3)),
+    "matmul": (np.matmul, rand(2, 3), rand(3, 4)),
+    "matmul, stacked": (np.matmul, rand(5, 2, 3), rand(5, 3, 4)),
+    "matmul, one for all": (np.matmul, rand(5, 2, 3), rand(3, 4)),
+    "matmul, transposed": (lambda a, b: a @ b.T, rand(2, 3), rand(4, 3)),
+    "sum": (np.sum, rand(2, 3)),
+    "sum, axis": (lambda x: np.sum(x, axis=1), rand(2, 3)),
+    "sum, axes": (lambda x: np.sum(x, axis=(0, 2), keepdims=True), rand(2, 3, 4)),
+    "mean": (np.mean, rand(2, 3)),
+    "mean, axis": (lambda x: np.mean(x, axis=-1, keepdims=True), rand(2, 3)),
+    "mean, first axis": (lambda x: np.mean(x, axis=0), rand(2, 3)),
+    "max": (np.max, rand(2, 3)),
+    "max, axis": (lambda x: np.max(x, axis=-1, keepdims=True), rand(2, 3)),
+    "reshape": (lambda x: x.reshape(3, -1), rand(2, 6)),
+    "np.reshape": (lambda x: np.reshape(x, (-1,)), rand(2, 6)),
+    "swapaxes": (lambda x: np.swapaxes(x, 0, -1), rand(2, 3, 4)),
+    "T": (lambda x: x.T, rand(2, 3)),
+    "slice": (lambda x: x[..., 1:3], rand(2, 4)),
+    "slice and integer": (lambda x: x[:, 1], rand(2, 4, 3)),
+    "newest position": (lambda x: x[..., -1:, :], rand(2, 4, 3)),
+    "rows by ids": (lambda x: x[IDS], rand(3, 4)),
+    "numbers by ids": (lambda x: x[IDS], rand(3)),
+    "split": (lambda x: np.multiply(*np.split(x, 2, axis=-1)), rand(3, 4)),
+    "split, first axis": (lambda x: np.multiply(*np.split(x, 2)), rand(4, 3)),
+    "used twice": (lambda x: x * x + x, rand(3)),
+    "used as it is and broadcast": (lambda x, y: x + y * x, rand(3), rand(2, 3)),
+    "operators": (lambda x: 1 - (2 / x) * 3 + x / 2 - x - 1 + -x, rand(3)),
+    "in place": (lambda x: in_place(x), rand(3)),
+}
+
+
+def in_place(x):
+    y = np.exp(x)
+    y += x
+    y -= 1
+    y *= x
+    y /= 2.0
+    return y
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_the_finite_differences(case):
+    function, *arrays = CASES[case]
+    tensors = [Tensor(a.copy()) for a in arrays]
+    y = function(*tensors)
+    np.testing.assert_array_equal(y.data, function(*[a.copy() for a in arrays]))
+    np.sum(weighted(y)).backward()
+    for i, tensor in enumerate(tensors):
+        assert tensor.grad.shape == tensor.shape
+        np.testing.assert_allclose(tensor.grad, numeric_gradient(function, arrays, i), rtol=1e-6, atol=1e-8)
+
+
+def test_every_operation_is_among_the_cases(monkeypatch):
+    used = set()
+    for numpy_function, operation in list(OPERATIONS.items()):
+
+        @functools.wraps(operation)
+        def recording(*args, operation=operation, numpy_function=numpy_function, **options):
+            used.add(numpy_function)
+            return operation(*args, **options)
+
+        monkeypatch.setitem(OPERATIONS, numpy_function, recording)
+    for function, *arrays in CASES.values():
+        function(*map(Tensor, arrays))
+    assert used == OPERATIONS.keys()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_float32_stays_float32(case):
+    function, *arrays = CASES[case]
+    tensors = [Tensor(a.astype(np.float32)) for a in arrays]
+    y = function(*tensors)
+    np.mean(y).backward()
+    assert {y.dtype, *(t.grad.dtype for t in tensors)} == {np.dtype(np.float32)}
+
+
+def test_constants_are_not_differentiated():
+    a, x = rand(2, 3), Tensor(rand(2, 3))
+    for y in (a + x, a - x, a * x, a / x, 2.0**x, np.swapaxes(a, 0, 1) @ x):
+        assert [parent is x for parent in y.parents] == [True]
+
+
+def test_equal_maxima_share_the_gradient():
+    x = Tensor(np.array([1.0, 3, 3, 2]))
+    np.max(x).backward()
+    np.testing.assert_array_equal(x.grad, [0, 0.5, 0.5, 0])
+
+
+def test_a_long_chain_needs_no_recursion():
+    x = Tensor(np.ones(1))
+    y = x
+    for _ in range(20_000):
+        y = y + x
+    y.backward()
+    assert x.grad == 20_001
+
+
+def test_two_results_add_up_in_grad():
+    x = Tensor(rand(3))
+    np.sum(x).backward()
+    np.sum(x * 2).backward()
+    np.testing.assert_allclose(x.grad, [3, 3, 3])
+
+
+def test_no_gradient_is_the_array_of_another():
+    a, b = Tensor(rand(3)), Tensor(rand(3))
+    y = a + b
+    np.sum(y + y).backward()
+    a.grad *= 0
+    np.testing.assert_array_equal(b.grad, [2, 2, 2])
+
+
+def test_gradients_that_meet_do_not_write_into_each_other():
+    """dy of an addition goes to both sides; the side that gets more later must not change the other's."""
+    a, b = Tensor(rand(3)), Tensor(rand(3))
+    left, right = a * 1, b * 1
+    both = left + right
+    np.sum(both * 3 + left * 5).backward()
+    np.testing.assert_allclose(a.grad, [8, 8, 8])
+    np.testing.assert_allclose(b.grad, [3, 3, 3])
+
+
+def test_what_was_recorded_is_dropped_on_the_way_back():
+    x = Tensor(rand(3))
+    middle = np.exp(x)
+    kept = weakref.ref(middle.data)
+    y = np.sum(middle * x)
+    del middle
+    assert kept() is not None
+    y.backward()
+    gc.collect()
+    assert kept() is None
+    with pytest.raises(ValueError, match="walked through this before"):
+        y.backward()
+
+
+def test_memory_is_freed_while_backward_runs():
+    """When the gradient arrives at the first operation, the arrays of the last are gone."""
+    x, alive = Tensor(rand(3)), []
+    y = fuse(lambda x: x * 1, lambda dy, y, x: [alive.append(last()) or dy])(x)
+    y = np.tanh(y)
+    z = np.exp(y)
+    last = weakref.ref(z.data)
+    total = np.sum(z)
+    del z
+    total.backward()
+    assert alive == [None]
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda x: np.sin(x), "np.sin"),
+        (lambda x: np.cumsum(x), "np.cumsum"),
+        (lambda x: np.add.reduce(x), "np.add.reduce"),
+        (lambda x: np.sum(x, where=x.data > 0), "np.sum with where"),
+        (lambda x: np.add(x, x, out=x.data), "np.add with out"),
+        (lambda x: np.exp(x, dtype=np.float32), "np.exp with dtype"),
+        (lambda x: np.mean(x, dtype=np.float32), "np.mean with dtype"),
+        (lambda x: np.mean(a=x), "np.mean with a"),
+        (lambda x: x > 0, "np.greater"),
+        (lambda x: np.argmax(x), "np.argmax"),
+        (lambda x: np.concatenate([x, x]), "np.concatenate"),
+        (lambda x: x @ rand(3), "np.matmul with a vector"),
+        (lambda x: np.zeros(3).__iadd__(x), "np.add with out"),
+    ],
+)
+def test_what_has_no_derivative_says_its_name(call, name):
+    with pytest.raises(NotImplementedError, match=f"^{name} .*autograd.py"):
+        call(Tensor(rand(3)))
+
+
+def test_a_tensor_does_not_become_an_array_unasked():
+    for call in (np.asarray, np.array, np.float64, lambda x: np.zeros(3).__setitem__(slice(None), x)):
+        with pytest.raises(TypeError, match="take its .data"):
+            call(Tensor(rand(3)))
+
+
+def test_backward_starts_from_one_number():
+    with pytest.raises(ValueError, match=r"shape \(3,\)"):
+        np.exp(Tensor(rand(3))).backward()
+
+
+def test_an_uneven_split_is_refused():
+    with pytest.raises(ValueError, match="no 2 equal parts"):
+        np.split(Tensor(rand(3)), 2)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_expressions_have_pytorchs_gradients(seed):
+    """Ten random operations in a row, broadcasting, on whatever was made before."""
+    rng = np.random.default_rng(seed)
+    shapes = [(2, 3), (3,), (1, 3), (2, 1), (), (4, 2, 3)]
+    values = [rng.uniform(0.5, 1.5, shape) for shape in shapes]
+    ours, theirs = [Tensor(v) for v in values], [torch.tensor(v, requires_grad=True) for v in values]
+    leaves = list(zip(ours, theirs, strict=True))
+    both = [
+        (lambda a, b: a + b,) * 2,
+        (lambda a, b: a * b,) * 2,
+        (lambda a, b: a - b,) * 2,
+        (lambda a, b: a / (b * b + 1.0),) * 2,
+        (lambda a, b: np.tanh(a) * b, lambda a, b: torch.tanh(a) * b),
+        (lambda a, b: np.exp(np.tanh(a)) - b, lambda a, b: torch.exp(torch.tanh(a)) - b),
+        (lambda a, b: np.mean(a) * b, lambda a, b: a.mean() * b),
+        (lambda a, b: np.sum(a, axis=None) * 0.1 + b, lambda a, b: a.sum() * 0.1 + b),
+    ]
+    for _ in range(10):
+        our_f, their_f = both[rng.integers(len(both))]
+        i, j = rng.integers(len(ours), size=2)
+        ours.append(our_f(ours[i], ours[j]))
+        theirs.append(their_f(theirs[i], theirs[j]))
+    np.mean(ours[-1] + ours[-2] * ours[-3]).backward()
+    (theirs[-1] + theirs[-2] * theirs[-3]).mean().backward()
+    for mine, other in leaves:
+        if other.grad is None:
+            assert mine.grad is None
+        else:
+            np.testing.assert_allclose(mine.grad, other.grad.numpy(), rtol=1e-8, atol=1e-10)
+
+
+# GPT-2 itself
+
+
+@pytest.mark.parametrize("model", [gpt2, fused.training_model()], ids=["gpt2", "fused"])
+def test_gradients_of_every_parameter_are_pytorchs_and_the_finite_differences(model):
+    """4 layers, batch 4 x 64: 1e-4 in float32 against PyTorch, 1e-6 in float64 against central differences."""
+    rows = list(gradients.table(model=model))
+    assert len(rows) == 4 + 12 * gradients.HPARAMS["n_layer"]
+    for name, _, to_pytorch, to_differences in rows:
+        assert to_pytorch < 1e-4, name
+        assert to_differences < 1e-6, name
+
+
+def test_the_60_lines_are_differentiable_as_they_stand():
+    """gpt2_pico.gpt2 takes one sequence; its gradients are those of gpt2.gpt2."""
+    hparams = gradients.HPARAMS
+    tensors, (inputs, targets) = random_tensors(hparams), gradients.batch(shape=(20,))
+    found = [loss_and_gradients(tensors, hparams, inputs, targets, model) for model in (gpt2, gpt2_pico)]
+    _, theirs = gradients.torch_gradients(hparams, tensors, inputs[None], targets[None])
+    for name in tensors:
+        assert gradients.relative_error(found[1][1][name], theirs[name]) < 1e-4, name
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-6)
+
+
+def test_the_same_functions_run_on_arrays_and_on_tensors():
+    """The logits of Tensors are, bit for bit, those of the arrays in them."""
+    hparams = gradients.HPARAMS
+    arrays, ids = random_tensors(hparams), gradients.batch()[0]
+    tensors = {name: Tensor(array) for name, array in arrays.items()}
+    plain, recorded = (
+        gpt2.gpt2(ids, **nest(a, hparams["n_layer"]), n_head=hparams["n_head"]) for a in (arrays, tensors)
+    )
+    assert isinstance(recorded, Tensor) and isinstance(plain, np.ndarray)
+    np.testing.assert_array_equal(recorded.data, plain)
+
+
+def test_gradients_of_gpt2_are_float32():
+    tensors, (inputs, targets) = random_tensors(gradients.HPARAMS), gradients.batch()
+    for model in (gpt2, fused.training_model(0.1)):
+        _, found = loss_and_gradients(tensors, gradients.HPARAMS, inputs, targets, model)
+        assert {gradient.dtype for gradient in found.values()} == {np.dtype(np.float32)}
+
+
+# The fused functions, one by one
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 7), (2, 3, 4, 5), (400, 300)])
+def test_fused_functions_are_gpt2s_forward_and_pytorchs_backward(shape):
+    model, rng = fused.training_model(), np.random.default_rng(0)
+    x, dy = rng.standard_normal((2, *shape), dtype=np.float32)
+    g, b = rng.standard_normal((2, shape[-1]), dtype=np.float32)
+    t, tg, tb = (torch.tensor(a, requires_grad=True) for a in (x, g, b))
+    norm = torch.nn.functional.layer_norm
+    pairs = [
+        (lambda x: model.gelu(x), gpt2.gelu, torch.nn.functional.gelu(t, approximate="tanh")),
+        (lambda x: model.softmax(x), gpt2.softmax, torch.softmax(t, -1)),
+        (lambda x: model.layer_norm(x, b=tensors[1], g=tensors[0]), None, norm(t, shape[-1:], tg, tb)),
+    ]
+    for ours, forward, theirs in pairs:
+        leaf, tensors = Tensor(x), [Tensor(g), Tensor(b)]
+        y = ours(leaf)
+        np.testing.assert_array_equal(y.data, forward(x) if forward else gpt2.layer_norm(x, g, b))
+        np.sum(y * dy).backward()
+        t.grad = tg.grad = tb.grad = None
+        (theirs * torch.from_numpy(dy)).sum().backward()
+        np.testing.assert_allclose(leaf.grad, t.grad.numpy(), rtol=1e-3, atol=2e-5)
+    for tensor, other in zip(tensors, (tg, tb), strict=True):
+        np.testing.assert_allclose(tensor.grad, other.grad.numpy(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 3), (4, 5, 3)])
+def test_cross_entropy_is_pytorchs(shape):
+    rng = np.random.default_rng(0)
+    logits, targets = 5 * rng.standard_normal((*shape, 11), dtype=np.float32), rng.integers(0, 11, shape)
+    ours, theirs = Tensor(logits), torch.tensor(logits, requires_grad=True)
+    loss = fused.cross_entropy(ours, targets)
+    expected = torch.nn.functional.cross_entropy(theirs.reshape(-1, 11), torch.from_numpy(targets).reshape(-1))
+    loss.backward()
+    expected.backward()
+    np.testing.assert_allclose(loss.data, expected.item(), rtol=1e-6)
+    np.testing.assert_allclose(fused.cross_entropy(logits, targets), expected.item(), rtol=1e-6)
+    np.testing.assert_allclose(ours.grad, theirs.grad.numpy(), rtol=1e-4, atol=1e-8)
+
+
+def test_cross_entropy_of_extreme_logits_is_finite():
+    logits = np.array([[1e4, 0, -1e4], [-1e4, 0, 1e4]], dtype=np.float32)
+    np.testing.assert_allclose(fused.token_losses(logits, np.array([0, 1])), [0, 1e4])
+
+
+def test_lm_loss_of_arrays_and_tensors_is_the_same():
+    hparams = gradients.HPARAMS
+    tensors, (inputs, targets) = random_tensors(hparams), gradients.batch()
+    params = nest(tensors, hparams["n_layer"])
+    model, _ = gradients.torch_model(hparams, tensors)
+    expected = gradients.torch_loss(model, inputs, targets).item()
+    for chosen in (gpt2, fused.training_model()):
+        np.testing.assert_allclose(lm_loss(params, inputs, targets, hparams["n_head"], chosen), expected, rtol=1e-5)
+
+
+# Dropout
+
+
+def dropped(p, *seed, shape=(200, 300)):
+    drop = fused.Dropout(p)
+    drop.seed(*seed)
+    return drop.after(lambda x: x)(np.ones(shape, np.float32))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_drops_its_share_and_keeps_the_mean(p):
+    y = dropped(p, 1)
+    assert abs(np.mean(y == 0) - p) < 0.01
+    np.testing.assert_allclose(y[y != 0], 1 / (1 - p), rtol=1e-4)
+    assert y.dtype == np.float32
+
+
+def test_dropout_follows_from_its_seed():
+    np.testing.assert_array_equal(dropped(0.1, 1, 2), dropped(0.1, 1, 2))
+    differing = [dropped(0.5, *seed) for seed in ((1, 2), (1, 3), (2, 2), (1, 2, 1))]
+    assert all(np.any(a != b) for a, b in itertools.combinations(differing, 2))
+
+
+def test_the_gradient_goes_where_the_value_went():
+    drop, x = fused.Dropout(0.5), Tensor(np.ones((20, 30), np.float32))
+    y = drop.after(lambda x: x)(x)
+    np.sum(y).backward()
+    np.testing.assert_array_equal(x.grad, y.data)
+
+
+def test_dropout_is_where_the_paper_has_it():
+    """Dropping nearly everything after embed, softmax, mha and ffn leaves nothing of the residual stream."""
+    hparams = gradients.HPARAMS
+    params, ids = nest(random_tensors(hparams), hparams["n_layer"]), gradients.batch()[0]
+    model, seen = fused.training_model(0.5), []
+    for name in ("embed", "softmax", "mha", "ffn"):
+        function = getattr(model, name)
+
+        def watched(*args, name=name, function=function, **kwargs):
+            y = function(*args, **kwargs)
+            seen.append((name, np.mean(y == 0)))
+            return y
+
+        setattr(model, name, watched)
+    model.gpt2(ids, **params, n_head=hparams["n_head"])
+    assert [name for name, _ in seen] == ["embed", *["softmax", "mha", "ffn"] * hparams["n_layer"]]
+    for name, zeros in seen:
+        assert abs(zeros - (0.75 if name == "softmax" else 0.5)) < 0.05, name  # half of the weights are masked anyway
+
+
+def test_gpt2_itself_is_left_alone():
+    before = {name: getattr(gpt2, name) for name in ("gelu", "softmax", "layer_norm", "embed", "mha", "ffn")}
+    fused.training_model(0.5)
+    assert all(getattr(gpt2, name) is function for name, function in before.items())
