@@ -83,8 +83,8 @@ def evaluate(options):
     stride = options.stride or max(1, context // 2)
     if not stride <= context <= hparams["n_ctx"]:
         raise UserError(
-            f"--stride {stride}, --context {context}, and {hparams['n_ctx']}, the context of {options.model_size}: each "
-            "may be at most the next; choose smaller ones"
+            f"--stride {stride}, --context {context}, and the {hparams['n_ctx']} of {options.model_size}'s context: "
+            "each may be at most the next; choose smaller ones"
         )
     ids = encoder.encode(text)
     if len(ids) < 2:

@@ -73,7 +73,7 @@ def relative_error(ours, theirs):
 
 
 def table(hparams=HPARAMS, model=gpt2):
-    """Rows of (name, largest difference to PyTorch, the same relative to its largest gradient, error of differences)."""
+    """Rows of (name, largest difference to PyTorch, the same relative to its largest gradient, differences' error)."""
     tensors, (inputs, targets) = random_tensors(hparams), batch(hparams)
     _, ours = loss_and_gradients(tensors, hparams, inputs, targets, model)
     _, theirs = torch_gradients(hparams, tensors, inputs, targets)

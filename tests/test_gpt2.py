@@ -214,7 +214,7 @@ def test_every_activation_is_float32(tiny, monkeypatch, with_cache):
             gpt2.gpt2(part, **params, n_head=hparams["n_head"], cache=cache)
 
     seen = every_array(monkeypatch, run)
-    names = "gelu softmax layer_norm linear ffn attention split_heads merge_heads mha transformer_block gpt2"
+    names = "gelu softmax layer_norm linear ffn attention split_heads merge_heads mha transformer_block embed gpt2"
     assert {name for name, _ in seen} == set(names.split())
     assert {a.dtype for _, a in seen} == {np.dtype(np.float32)}
     assert all(c.k.dtype == c.v.dtype == np.float32 for c in cache or [])
