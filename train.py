@@ -141,7 +141,8 @@ class Trainer:
 
         def one_shard(inputs, targets, model):
             weight = len(inputs) / options["batch_size"] / n_batches
-            return loss_and_gradients(self.tensors, self.hparams, inputs, targets, model, weight)
+            with np.errstate(over="ignore", invalid="ignore"):  # train_step looks at the result
+                return loss_and_gradients(self.tensors, self.hparams, inputs, targets, model, weight)
 
         for i in range(n_batches):
             rng = np.random.default_rng([options["seed"], step, i])  # the same draws, resumed or not

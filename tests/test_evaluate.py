@@ -1,0 +1,157 @@
+"""evaluate.py: every token is scored once, with the context it is said to have; figures against PyTorch's."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import evaluate
+import gpt2
+from checkpoint import load_params, nest
+from data import split_text
+from tests import gradients
+from tests.conftest import ROOT, need
+from tests.random_model import random_tensors
+from utils import load_encoder_hparams_and_params
+
+TEXT = (
+    "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. " * 3
+)
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 40))
+def test_every_token_is_scored_once_with_enough_before_it(n_inputs, context, stride):
+    context, stride = min(context, n_inputs), min(stride, context, n_inputs)
+    seen = []
+    for start, scored in evaluate.windows(n_inputs, context, stride):
+        assert start >= 0 and start + context <= n_inputs and 0 <= scored < context
+        assert start == 0 or scored >= context - stride
+        seen += range(start + scored, start + context)
+    assert seen == list(range(n_inputs))
+
+
+def naive_loss(tensors, ids, context, stride):
+    """Hugging Face's recipe, window by window, one at a time, in PyTorch."""
+    model, _ = gradients.torch_model(gradients.HPARAMS, tensors)
+    total, done = 0.0, 0
+    with torch.no_grad():
+        while done < len(ids) - 1:
+            end = context if done == 0 else done + stride
+            end = min(end, len(ids) - 1)
+            start = max(0, end - context)
+            losses = torch.nn.functional.cross_entropy(
+                model(torch.tensor([ids[start:end]])).logits[0],
+                torch.tensor(ids[start + 1 : end + 1]),
+                reduction="none",
+            )
+            total, done = total + losses[done - start :].double().sum().item(), end
+    return total
+
+
+@pytest.mark.parametrize(
+    ("n", "context", "stride"),
+    [(2, 64, 64), (50, 64, 32), (64, 64, 1), (65, 64, 64), (200, 64, 64), (150, 40, 7), (90, 8, 1)],
+)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_total_loss_is_pytorchs(n, context, stride, threads):
+    tensors = random_tensors(gradients.HPARAMS)
+    ids = np.random.default_rng(n).integers(0, gradients.HPARAMS["n_vocab"], n).tolist()
+    params = nest(tensors, gradients.HPARAMS["n_layer"])
+    found = evaluate.total_loss(ids, params, gradients.HPARAMS["n_head"], context, stride, threads)
+    np.testing.assert_allclose(found, naive_loss(tensors, ids, context, stride), rtol=1e-5)
+
+
+def test_batches_of_windows_are_windows_one_by_one(monkeypatch):
+    tensors, ids = random_tensors(gradients.HPARAMS), list(range(300))
+    params = nest(tensors, gradients.HPARAMS["n_layer"])
+    losses = []
+    for at_once in (1, 2**12, 2**25):
+        monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", at_once)
+        losses.append(evaluate.total_loss(ids, params, gradients.HPARAMS["n_head"], 16, 8, threads=2))
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("context", "stride"), [(65, 1), (10, 11), (10, 0)])
+def test_windows_that_do_not_fit_are_refused(context, stride):
+    params = nest(random_tensors(gradients.HPARAMS), gradients.HPARAMS["n_layer"])
+    with pytest.raises(ValueError, match="in this order"):
+        evaluate.total_loss(range(100), params, gradients.HPARAMS["n_head"], context, stride)
+
+
+@pytest.fixture
+def run(tmp_path, tiny_models_dir, capsys):
+    def run(*options, content=TEXT.encode()):
+        path = tmp_path / "text.txt"
+        path.write_bytes(content)
+        code = evaluate.main([str(path), "--model_size", "tiny", "--models_dir", str(tiny_models_dir), *options])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_what_it_prints(run, tiny):
+    """Loss, perplexity and nats a character, from the conditional probabilities one by one."""
+    encoder, hparams, params = tiny
+    ids = encoder.encode(TEXT)[:100]
+    text = encoder.decode(ids)
+    assert encoder.encode(text) == ids
+    total = 0.0
+    for i in range(1, len(ids)):
+        logits = gpt2.gpt2(ids[:i], **params, n_head=hparams["n_head"])[-1].astype(np.float64)
+        total += np.log(np.sum(np.exp(logits))) - logits[ids[i]]
+    loss, n_chars = total / (len(ids) - 1), len(encoder.decode(ids[1:]))
+    code, out, err = run(content=text.encode())
+    assert (code, err) == (0, "")
+    assert f"100 tokens, {len(text)} characters\ncontext 128, stride 64\n" in out
+    found = [float(line.split()[-4 if "nats a token" in line else -3]) for line in out.splitlines()[2:]]
+    expected = [loss, math.exp(loss), total / n_chars, total / n_chars / math.log(2)]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_splits(run):
+    def characters(*options):
+        return int(run(*options)[1].partition(" characters")[0].split()[-1])
+
+    parts = split_text(TEXT)
+    assert [characters("--split", split) for split in ("all", "train", "val")] == [len(TEXT), *map(len, parts)]
+
+
+@pytest.mark.parametrize(
+    ("options", "content", "words"),
+    [
+        (["--context", "129"], None, ["--context 129", "128"]),
+        (["--context", "10", "--stride", "11"], None, ["--stride 11", "--context 10"]),
+        (["--stride", "0"], None, ["--stride"]),
+        ([], b"", ["empty"]),
+        ([], b"a", ["1 tokens", "at least 2"]),
+        ([], b"\xff", ["not UTF-8"]),
+        (["--split", "test"], None, ["--split"]),
+    ],
+)
+def test_mistakes(run, options, content, words):
+    code, out, err = run(*options, **({} if content is None else {"content": content}))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert all(word in err for word in words), err
+
+
+def test_a_file_that_is_not_there(capsys, tiny_models_dir):
+    assert evaluate.main(["no.txt", "--model_size", "tiny", "--models_dir", str(tiny_models_dir)]) == 2
+    assert "no data file 'no.txt'" in capsys.readouterr().err
+
+
+def test_the_bundled_model_is_as_good_as_its_card_says():
+    """models/shakespeare on the last tenth of tinyshakespeare, which it was not trained on: nats a character."""
+    from tests.random_model import DATA
+
+    text = need(DATA / "tinyshakespeare.txt").read_text(encoding="utf-8")
+    encoder, hparams, params = load_encoder_hparams_and_params("shakespeare", str(ROOT / "models"))
+    held_out = split_text(text)[1]
+    ids = encoder.encode(held_out)
+    total = evaluate.total_loss(ids, params, hparams["n_head"], 128, 128, threads=2)
+    found = total / len(encoder.decode(ids[1:]))
+    card = (ROOT / "models" / "shakespeare" / "README.md").read_text(encoding="utf-8")
+    assert f"{found:.3f}" in card and found < 1.53
+    assert load_params(str(ROOT / "models" / "shakespeare" / "model.safetensors"), hparams)
