@@ -153,13 +153,17 @@ def unbroadcast(dy, shape):
 
 
 def add_at(total, index, values):
-    """total[index] += values, also for an array of ids in which some repeat."""
-    if not isinstance(index, np.ndarray):
+    """total[index] += values, also where an index occurs twice. np.add.at does that for all, ten times slower."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if all(isinstance(part, int | slice | type(...) | None) for part in parts):  # nothing can occur twice
         total[index] += values
-        return
-    order = np.argsort(index, axis=None, kind="stable")  # equal ids side by side: their rows are summed in one go
-    ids, starts = np.unique(index.reshape(-1)[order], return_index=True)
-    total[ids] += np.add.reduceat(values.reshape(order.size, *total.shape[1:])[order], starts)
+    elif isinstance(index, np.ndarray) and index.dtype.kind in "iu" and index.size:  # token ids
+        ids = index.reshape(-1) % len(total)  # -1 is the last
+        order = np.argsort(ids, kind="stable")  # equal ids side by side: their rows are summed in one go
+        ids, starts = np.unique(ids[order], return_index=True)
+        total[ids] += np.add.reduceat(values.reshape(order.size, *total.shape[1:])[order], starts)
+    else:
+        np.add.at(total, index, values)
 
 
 # An operation is a function from arrays to its value and, argument by argument, the function from dy, the gradient of
@@ -189,7 +193,8 @@ def apply(operation, name, inputs, options):
 def fuse(forward, backward):
     """forward, a function of arrays, as one operation, recorded when an argument is a Tensor.
 
-    backward(dy, y, *arrays) returns the gradients of all arguments, in their order; y is forward(*arrays).
+    backward(dy, y, *arrays) returns the gradients of all arguments in their order, each an array of its own, None for
+    one that has none; y is forward(*arrays).
     """
     signature = inspect.signature(forward)
 
@@ -271,8 +276,8 @@ def matmul(a, b):
     if min(np.ndim(a), np.ndim(b)) < 2:
         raise unsupported("matmul", ["a vector"])
 
-    def derivative_of_b(dy):  # in the memory order of b: wte.T is wte, read by columns
-        if b.flags.c_contiguous:
+    def derivative_of_b(dy):
+        if b.strides[-1] <= b.strides[-2]:  # in the memory order of b: for wte.T, whose columns are the rows of wte
             return np.swapaxes(a, -1, -2) @ dy
         return np.swapaxes(np.swapaxes(dy, -1, -2) @ a, -1, -2)
 

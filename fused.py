@@ -22,8 +22,10 @@ def pieces(x):
     return [slice(i, i + step) for i in range(0, n_rows, step)]
 
 
-def by_rows(function, *inputs):  # [..., n] each, or [n] -> [..., n]
-    """function(*inputs) for a function that treats every row by itself."""
+def by_rows(function, *inputs):  # [..., n] -> [..., n]
+    """function(*inputs), some [..., n], some [n], for a function that treats every row by itself."""
+    if inputs[0].ndim == 1:
+        return function(*inputs)
     flat = [x.reshape(-1, x.shape[-1]) if x.ndim > 1 else x for x in inputs]
     y = np.empty_like(flat[0])
     for rows in pieces(y):
@@ -67,7 +69,8 @@ def token_losses(logits, targets):  # [..., n_seq, n_vocab], [..., n_seq] -> [..
     return losses.reshape(targets.shape)
 
 
-def mean_loss_backward(dy, logits, targets):  # [], [..., n_seq, n_vocab], [..., n_seq] -> [..., n_seq, n_vocab]
+def mean_loss_backward(logits, targets, dy):  # [..., n_seq, n_vocab], [..., n_seq] -> [..., n_seq, n_vocab]
+    """The gradient of the logits where that of the mean of token_losses is dy, a number."""
     flat, flat_targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     dx = np.empty_like(flat)
     for rows in pieces(flat):
@@ -79,7 +82,7 @@ def mean_loss_backward(dy, logits, targets):  # [], [..., n_seq, n_vocab], [...,
 
 cross_entropy = fuse(  # [..., n_seq, n_vocab], [..., n_seq] -> one number, the mean of token_losses
     lambda logits, targets: np.mean(token_losses(logits, targets)),
-    lambda dy, y, logits, targets: [mean_loss_backward(dy, logits, targets), None],
+    lambda dy, y, logits, targets: [mean_loss_backward(logits, targets, float(dy)), None],
 )
 
 

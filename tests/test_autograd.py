@@ -87,6 +87,11 @@ CASES = {
     "newest position": (lambda x: x[..., -1:, :], rand(2, 4, 3)),
     "rows by ids": (lambda x: x[IDS], rand(3, 4)),
     "numbers by ids": (lambda x: x[IDS], rand(3)),
+    "ids from the end": (lambda x: x[IDS - 3], rand(3, 4)),
+    "a list of ids": (lambda x: x[[1, 1, 0]], rand(3, 4)),
+    "ids of the second axis": (lambda x: x[:, IDS], rand(2, 3)),
+    "a mask": (lambda x: x[np.array([True, False, True])], rand(3, 4)),
+    "new axis": (lambda x: x[:, None, 1:], rand(3, 4)),
     "split": (lambda x: np.multiply(*np.split(x, 2, axis=-1)), rand(3, 4)),
     "split, first axis": (lambda x: np.multiply(*np.split(x, 2)), rand(4, 3)),
     "used twice": (lambda x: x * x + x, rand(3)),
@@ -322,7 +327,7 @@ def test_gradients_of_gpt2_are_float32():
 # The fused functions, one by one
 
 
-@pytest.mark.parametrize("shape", [(5,), (3, 7), (2, 3, 4, 5), (400, 300)])
+@pytest.mark.parametrize("shape", [(5,), (500,), (3, 7), (2, 3, 4, 5), (400, 300)])
 def test_fused_functions_are_gpt2s_forward_and_pytorchs_backward(shape):
     model, rng = fused.training_model(), np.random.default_rng(0)
     x, dy = rng.standard_normal((2, *shape), dtype=np.float32)

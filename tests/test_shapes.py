@@ -13,9 +13,15 @@ import sys
 import numpy as np
 import pytest
 
+import data
+import fused
 import gpt2
 import sampling
+import train
+from checkpoint import nest
+from tests import gradients
 from tests.conftest import TINY
+from tests.random_model import random_tensors
 
 COMMENT = re.compile(r"#\s*(?P<inputs>\[[^#]*\])?\s*->\s*(?P<result>\[[^\]]*\])")
 
@@ -122,6 +128,24 @@ def test_the_shape_comments_of_sampling_are_true():
     logits = np.arange(10, dtype=np.float32)
     traced(checker, lambda: sampling.distribution(logits, top_k=5, top_p=0.9))
     assert checker.checked == set(checker.comments)
+
+
+def test_the_shape_comments_of_training_are_true():
+    """fused.py, data.py and train.py, in one step with dropout, run here in this thread."""
+    hparams, (inputs, targets) = gradients.HPARAMS, gradients.batch()
+    tensors, params = random_tensors(hparams), nest(random_tensors(hparams), hparams["n_layer"])
+
+    def step():
+        train.loss_and_gradients(tensors, hparams, inputs, targets, fused.training_model(0.1))
+        fused.token_losses(gpt2.gpt2(inputs, **params, n_head=hparams["n_head"]), targets)
+        data.random_windows(np.arange(50), np.random.default_rng(0), 3, 10)
+        data.even_windows(np.arange(50), 3, 10)
+
+    for module in (fused, data):
+        checker = Checker(module)
+        traced(checker, step)
+        assert checker.checked == set(checker.comments), module
+        assert checker.checked
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,149 @@
+"""One step of training, ours and PyTorch's in turns, same shape and batch, 2 threads: python bench/train.py [ROUNDS]
+
+A step is a forward pass, a backward pass and AdamW's update of every weight, in float32. Each side runs in a process of
+its own, so that the peak of its memory can be told; PyTorch runs transformers' GPT2LMHeadModel, eagerly.
+Needs torch and transformers (requirements-dev.txt).
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from common import SIZE_124M, machine, median, seconds, table
+
+from train import Trainer, initial_tensors
+from train_cli import PRESETS
+
+THREADS = 2
+SHAPES = {"124M, 4 x 64": (SIZE_124M, {"batch_size": 4, "block_size": 64, "dropout": 0.0})}
+for preset in ("3min", "1h"):
+    options = PRESETS[preset]
+    hparams = {name: options[name] for name in ("n_embd", "n_head", "n_layer")}
+    hparams |= {"n_vocab": options["vocab_size"], "n_ctx": options["block_size"]}
+    chosen = {name: options[name] for name in ("batch_size", "block_size", "dropout")}
+    SHAPES[f"preset {preset}, {options['batch_size']} x {options['block_size']}"] = hparams, chosen
+
+
+def our_step(hparams, chosen, folder):
+    """Trainer.train_step, on random tokens, as train.py calls it."""
+    from threadpoolctl import threadpool_limits
+
+    from data import save_tokens
+
+    for split in ("train", "val"):
+        save_tokens(
+            os.path.join(folder, f"{split}.bin"), np.random.default_rng(0).integers(0, hparams["n_vocab"], 9999)
+        )
+    options = PRESETS["3min"] | chosen | {"threads": THREADS, "grad_clip": 0.0, "name": "bench", "models_dir": folder}
+    trainer = Trainer(folder, options, None, hparams, initial_tensors(hparams, 0))
+    trainer.pool = ThreadPoolExecutor(trainer.n_shards)
+    threadpool_limits(THREADS // trainer.n_shards)
+    return trainer.train_step
+
+
+def their_step(hparams, chosen, _):
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.set_num_threads(THREADS)
+    pdrop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), chosen["dropout"])
+    shape = {name: hparams[name] for name in ("n_embd", "n_head", "n_layer")}
+    config = GPT2Config(vocab_size=hparams["n_vocab"], n_positions=hparams["n_ctx"], use_cache=False, **shape, **pdrop)
+    model = GPT2LMHeadModel(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    size = (chosen["batch_size"], chosen["block_size"] + 1)
+
+    def step():
+        ids = torch.randint(0, hparams["n_vocab"], size)
+        optimizer.zero_grad()
+        logits = model(ids[:, :-1]).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+        optimizer.step()
+
+    return step
+
+
+def work(side, shape):
+    """The worker: a step for each line of standard input; answers with its seconds and the peak of memory so far."""
+    with tempfile.TemporaryDirectory() as folder:
+        step = (our_step if side == "ours" else their_step)(*SHAPES[shape], folder)
+        for _ in sys.stdin:
+            took = seconds(step)
+            print(json.dumps([took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]), flush=True)
+
+
+class Worker:
+    def __init__(self, side, shape):
+        command = [sys.executable, __file__, "--worker", side, shape]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def step(self):
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def stop(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def row(shape, rounds):
+    ours, theirs = Worker("ours", shape), Worker("theirs", shape)
+    for worker in (ours, theirs):
+        worker.step()
+        worker.step()
+    pairs = []
+    for turn in range(rounds):
+        order = (ours, theirs) if turn % 2 else (theirs, ours)
+        results = {worker: worker.step() for worker in order}
+        pairs.append((results[ours], results[theirs]))
+    for worker in (ours, theirs):
+        worker.stop()
+    a, b = (median(pair[side][0] for pair in pairs) for side in (0, 1))
+    ratios = sorted(pair[0][0] / pair[1][0] for pair in pairs)
+    memory = [max(pair[side][1] for pair in pairs) / 2**30 for side in (0, 1)]
+    _, chosen = SHAPES[shape]
+    tokens = chosen["batch_size"] * chosen["block_size"]
+    return [
+        shape,
+        f"{1000 * a:.0f}",
+        f"{1000 * b:.0f}",
+        f"{median(ratios):.2f} [{ratios[0]:.2f}-{ratios[-1]:.2f}]",
+        f"{tokens / a:.0f}",
+        f"{tokens / b:.0f}",
+        f"{memory[0]:.2f}",
+        f"{memory[1]:.2f}",
+        f"{memory[0] / memory[1]:.2f}",
+    ]
+
+
+def main():
+    if sys.argv[1:2] == ["--worker"]:
+        return work(*sys.argv[2:])
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 9
+    import torch
+
+    print(f"{machine()}; torch {torch.__version__}, {THREADS} threads, medians of {rounds} rounds in turns")
+    head = [
+        "shape",
+        "ms a step: ours",
+        "theirs",
+        "ratio",
+        "tokens/s: ours",
+        "theirs",
+        "peak GiB: ours",
+        "theirs",
+        "ratio",
+    ]
+    return table(head, [row(shape, rounds) for shape in SHAPES])
+
+
+if __name__ == "__main__":
+    main()
