@@ -213,9 +213,7 @@ class Writer:
     def start_ids(self, prompt):
         if prompt.endswith(" "):
             print("note: the prompt ends with a space, which GPT-2 expects before the next word", file=sys.stderr)
-        ids = self.encoder.encode(prompt)
-        if not ids:  # a text begins where another ends, or a line
-            ids = self.encoder.encode("\n") if self.end_of_text is None else [self.end_of_text]
+        ids = self.encoder.encode(prompt) or self.encoder.start_ids()
         n_ctx, n_new = self.hparams["n_ctx"], self.options.n_tokens_to_generate
         try:
             check_context(len(ids), n_new, n_ctx)

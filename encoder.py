@@ -104,6 +104,10 @@ class Encoder:
                 ids += self.cached_word(word) if len(word) <= CACHED_LENGTH else self.encode_word(word)
         return ids
 
+    def start_ids(self):
+        """What a text from nothing begins after: the end of another, or for a vocabulary without that, of a line."""
+        return [self.encoder[END_OF_TEXT]] if END_OF_TEXT in self.encoder else self.encode("\n")
+
     def token_bytes(self, token_id):
         """The bytes of one token; an id that the vocabulary does not name is the replacement character U+FFFD."""
         symbol = self.decoder.get(int(token_id), "\N{REPLACEMENT CHARACTER}")

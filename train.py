@@ -37,7 +37,7 @@ LOG, PICTURE, STATE = "log.jsonl", "loss.png", "training.safetensors"
 def lm_loss(params, inputs, targets, n_head, model=gpt2):  # dict, [batch, n_seq], [batch, n_seq] -> one number
     """Mean cross-entropy in nats of the model's predictions; a Tensor where params holds Tensors.
 
-    model: gpt2, gpt2_pico, or fused.training_model(), which is gpt2 with dropout and less to keep for the way back.
+    model: gpt2; gpt2_pico, for one sequence; or fused.training_model(), gpt2 with dropout and a faster way back.
     """
     return fused.cross_entropy(model.gpt2(inputs, **params, n_head=n_head), targets)
 
@@ -124,8 +124,7 @@ class Trainer:
         options, step = self.options, self.state["step"]
         loss, gradients = self.all_gradients(step)
         norm = global_norm(gradients, self.pool.map)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise UserError(self.explain_divergence(loss))
+        self.check_finite(loss, norm)
         peak, last = options["learning_rate"], options["lr_decay_iters"] or options["max_iters"]
         lowest = peak / 20 if options["min_lr"] is None else options["min_lr"]
         learning_rate = learning_rate_at(step, peak, lowest, options["warmup_iters"], last)
@@ -161,17 +160,20 @@ class Trainer:
             return
         list(self.pool.map(lambda name: np.add(total[name], gradients[name], out=total[name]), total))
 
-    def explain_divergence(self, loss):
+    def check_finite(self, *numbers):
+        """Raises UserError, with a way on, where a loss, a norm or a sum of weights is not finite."""
+        if all(map(math.isfinite, numbers)):
+            return
         step, saved = self.state["step"], self.state["saved_step"]
-        slower = self.options["learning_rate"] / 3
-        return (
-            f"the loss is {loss} at step {step}: training diverged. {self.model_dir} keeps step {saved}; go on from "
-            f"there with a smaller step: python train.py {self.name_options()} --resume --learning_rate {slower:.1g}"
+        raise UserError(
+            f"training diverged: the loss is {numbers[0]} at step {step}; {self.model_dir} keeps step {saved}. Go on "
+            f"from there with smaller steps: python train.py {self.model_options('--name')} --resume "
+            f"--learning_rate {self.options['learning_rate'] / 3:.1g}"
         )
 
-    def name_options(self):
+    def model_options(self, option="--model_size"):
         name, models_dir = self.options["name"], self.options["models_dir"]
-        return f"--name {name}" + ("" if models_dir == "models" else f" --models_dir {models_dir}")
+        return f"{option} {name}" + ("" if models_dir == "models" else f" --models_dir {models_dir}")
 
     # What is seen of it
 
@@ -193,6 +195,7 @@ class Trainer:
         """Both losses, a sample and what is saved; the weights of the lowest validation loss are the model."""
         state = self.state
         losses = {f"{split}_loss": self.estimate_loss(split) for split in ("train", "val")}
+        self.check_finite(losses["val_loss"], losses["train_loss"])
         nats = losses["val_loss"] / self.options["val_chars_per_token"]
         state["evaluated_step"] = state["step"]
         is_best = losses["val_loss"] < state["best_loss"]
@@ -210,9 +213,7 @@ class Trainer:
 
     def sample(self):
         """Some text from the weights as they are, each line behind a bar."""
-        start = (
-            [self.encoder.encoder[END_OF_TEXT]] if END_OF_TEXT in self.encoder.encoder else self.encoder.encode("\n")
-        )
+        start = self.encoder.start_ids()
         n = min(SAMPLE_TOKENS, self.hparams["n_ctx"] - len(start))
         choose = make_sampler(temperature=0.8, top_k=40, top_p=1.0, seed=self.options["seed"])
         ids = gpt2.generate(start, self.params, self.hparams["n_head"], n, sample=choose)
@@ -266,7 +267,11 @@ class Trainer:
     # What is kept of it
 
     def save(self):
-        """Everything that a resumed run needs, in one file: weights, moments, figures, options."""
+        """Everything that a resumed run needs, in one file: weights, moments, figures, options.
+
+        There is no state of a random generator to keep: what a step draws follows from the seed and its number.
+        """
+        self.check_finite(*(float(np.sum(tensor)) for tensor in self.tensors.values()))
         self.tick()
         self.state["saved_step"] = self.state["step"]
         parts = {"w": self.tensors, "m": self.optimizer.m, "v": self.optimizer.v}

@@ -73,59 +73,82 @@ def share(text):
     return number(text)
 
 
-def model_name(text):
-    if not re.fullmatch(r"\w[\w.-]*", text) or text in N_PARAMS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no name for a new model: letters, digits, - . _, not {text!r}")
+def new_name(text):
+    if text in N_PARAMS:
+        raise argparse.ArgumentTypeError(f"{text!r} is OpenAI's model; choose another name for yours")
+    if not re.fullmatch(r"\w[\w.-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name for a folder; take letters, digits, -, . and _")
     return text
+
+
+TUNABLE = {  # what a preset has a value for: by name its type or choices, and what it is
+    "the new model": {
+        "n_layer": (positive_number, "blocks"),
+        "n_head": (positive_number, "attention heads a block"),
+        "n_embd": (positive_number, "width, a multiple of n_head"),
+        "tokenizer": (
+            ("bpe", "bytes", "gpt2"),
+            "bpe learns merges from the text, bytes has none, gpt2 is GPT-2's own",
+        ),
+        "vocab_size": (positive_number, "tokens of a bpe, at least 256"),
+    },
+    "the data": {
+        "layout": (("plain", "sections"), f"sections puts {END_OF_TEXT} before each part that follows a blank line"),
+        "block_size": (positive_number, "tokens of context"),
+        "batch_size": (positive_number, "blocks at a time"),
+        "gradient_accumulation_steps": (positive_number, "batches a step"),
+    },
+    "the training": {
+        "max_iters": (whole_number, "steps in all"),
+        "learning_rate": (positive_rate, "AdamW's, after the warm-up"),
+        "warmup_iters": (whole_number, "steps from 0 up to learning_rate"),
+        "lr_decay_iters": (positive_number, "steps down to min_lr, along a cosine; by default max_iters"),
+        "min_lr": (rate, "by default a twentieth of learning_rate"),
+        "weight_decay": (rate, "of matrices"),
+        "beta1": (share, "AdamW's running mean of gradients"),
+        "beta2": (share, "AdamW's running mean of their squares"),
+        "grad_clip": (rate, "the largest norm of all gradients, 0 for any"),
+        "dropout": (share, "the share that is dropped while training"),
+        "seed": (whole_number, "the same seed trains the same model"),
+        "eval_interval": (positive_number, "steps between evaluations, each of which saves"),
+        "eval_iters": (positive_number, "batches in an evaluation, of each split"),
+    },
+}
 
 
 def make_parser():
     parser = Parser(
         prog="train.py",
         description="Train a GPT-2 on a text, from scratch or from a model that is there.",
-        epilog="An option left out has the preset's value, or with --resume the one it had.",
+        epilog="What is left out is as the preset has it, shown in brackets; with --resume, as it was.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("--name", required=True, type=model_name, help="the model made: a folder under models_dir")
+    add("--name", required=True, type=new_name, help="the model made: a folder under models_dir")
     add("--dataset", metavar="FILE", help="a UTF-8 text file, or tinyshakespeare, which is downloaded")
     add("--init_from", metavar="MODEL", help="fine-tune this model (124M, ...); scratch makes a new one (default)")
-    add("--preset", choices=PRESETS, help="3min (default), 1h or finetune (default with --init_from)")
+    add("--preset", choices=PRESETS, help="3min (default), 1h, or finetune (default with --init_from)")
     add("--resume", action="store_true", help="go on from where --name was saved")
     add("--overwrite", action="store_true", help="replace the model --name, if it is there")
     add("--models_dir", metavar="DIR", default="models", help="where the model folders are (default models)")
     add("--data_dir", metavar="DIR", default="data", help="where tinyshakespeare is downloaded to (default data)")
     add("--device", choices=["cpu"], help="cpu is what NumPy runs on")
-    add("--threads", type=positive_number, metavar="N", help="batches are computed in N shards (default: the cores)")
-    shape = parser.add_argument_group("the new model")
-    shape.add_argument("--n_layer", type=positive_number, metavar="N", help="blocks")
-    shape.add_argument("--n_head", type=positive_number, metavar="N", help="attention heads a block")
-    shape.add_argument("--n_embd", type=positive_number, metavar="N", help="width, a multiple of n_head")
-    shape.add_argument("--tokenizer", choices=["bpe", "bytes", "gpt2"], help="bpe learns merges from the text")
-    shape.add_argument("--vocab_size", type=positive_number, metavar="N", help="tokens of a bpe, at least 256")
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--layout", choices=["plain", "sections"], help=f"sections: {END_OF_TEXT} before each part after a blank line"
-    )
-    data.add_argument("--block_size", type=positive_number, metavar="N", help="tokens of context to train on")
-    data.add_argument("--batch_size", type=positive_number, metavar="N", help="blocks at a time")
-    data.add_argument("--gradient_accumulation_steps", type=positive_number, metavar="N", help="batches a step")
-    training = parser.add_argument_group("training")
-    training.add_argument("--max_iters", type=whole_number, metavar="N", help="steps in all")
-    training.add_argument("--learning_rate", type=positive_rate, metavar="X", help="AdamW's, after the warm-up")
-    training.add_argument("--warmup_iters", type=whole_number, metavar="N", help="steps from 0 to learning_rate")
-    training.add_argument("--lr_decay_iters", type=positive_number, metavar="N", help="steps to min_lr: max_iters")
-    training.add_argument("--min_lr", type=rate, metavar="X", help="where the cosine ends: learning_rate / 20")
-    training.add_argument("--weight_decay", type=rate, metavar="X", help="of matrices")
-    training.add_argument("--beta1", type=share, metavar="X", help="AdamW's average of gradients")
-    training.add_argument("--beta2", type=share, metavar="X", help="AdamW's average of their squares")
-    training.add_argument("--grad_clip", type=rate, metavar="X", help="the gradients' largest norm (0: any)")
-    training.add_argument("--dropout", type=share, metavar="P", help="the share that is dropped while training")
-    training.add_argument("--seed", type=whole_number, metavar="N", help="the same seed trains the same model")
-    training.add_argument("--eval_interval", type=positive_number, metavar="N", help="steps between evaluations")
-    training.add_argument("--eval_iters", type=positive_number, metavar="N", help="batches an evaluation takes")
+    add("--threads", type=positive_number, metavar="N", help="shards of a batch, a thread each (default: the cores)")
+    for title, options in TUNABLE.items():
+        group = parser.add_argument_group(title)
+        for name, (kind, meaning) in options.items():
+            takes = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": "N"}
+            group.add_argument(f"--{name}", **takes, help=meaning + preset_values(name))
     return parser
+
+
+def preset_values(name):
+    """[0.1] where all presets agree, [3min 4, 1h 6] where they do not."""
+    values = {preset: options[name] for preset, options in PRESETS.items() if options.get(name) is not None}
+    if len(set(values.values())) < 2:
+        return "".join(f" [{value}]" for value in set(values.values()))
+    return f" [{', '.join(f'{preset} {value}' for preset, value in values.items())}]"
 
 
 def run(argv=None):
@@ -140,10 +163,12 @@ def train(given):
     resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
     if resume and overwrite:
         raise UserError("give --resume or --overwrite, not both: one goes on with the model, one begins anew")
+    can_resume = os.path.exists(os.path.join(model_dir, STATE))
+    if resume and not can_resume:
+        raise UserError(f"{model_dir} has no {STATE} to resume from; leave out --resume")
     if not (resume or overwrite) and os.path.isdir(model_dir) and set(os.listdir(model_dir)) - {".lock"}:
-        raise UserError(f"{model_dir} exists; --resume goes on with it, --overwrite replaces it")
-    if resume and not os.path.exists(os.path.join(model_dir, STATE)):
-        raise UserError(f"{model_dir} has no {STATE} to resume from; start without --resume")
+        way_on = "--resume goes on with it, " if can_resume else ""
+        raise UserError(f"{model_dir} exists; {way_on}--overwrite replaces it, or choose another --name")
     prepare = resumed_trainer if resume else new_trainer
     try:
         with locked(model_dir):
@@ -160,7 +185,7 @@ def report(trainer, finished):
     if not finished:
         print(
             f"stopped at step {state['step']} of {options['max_iters']}, saved; go on with: "
-            f"python train.py {trainer.name_options()} --resume",
+            f"python train.py {trainer.model_options('--name')} --resume",
             file=sys.stderr,
         )
         return EXIT_INTERRUPTED
@@ -169,6 +194,7 @@ def report(trainer, finished):
         f"{trainer.model_dir}: validation loss {state['best_loss']:.4f} nats a token, {nats:.4f} a character, "
         f"at step {state['best_step']} of {options['max_iters']}; {state['seconds']:.0f} s"
     )
+    print(f'try it: python gpt2.py "A prompt" {trainer.model_options()} --temperature 0.8 --top_k 40', file=sys.stderr)
     return 0
 
 
