@@ -23,8 +23,10 @@ import pytest
 
 import cli
 import download
+from gpt2 import generate
 from tests.conftest import ROOT, TINY
 from tests.random_model import random_tensors, write_byte_vocabulary, write_safetensors
+from utils import load_encoder_hparams_and_params
 
 PROMPTS = ["Alan Turing theorized that", "42", "a", "def softmax(x):\n    return", "Ondřej 你好 🤗", "  two\n\n"]
 TWELVE = "你好你好"  # twelve tokens, one a byte: nothing like it is in the text the vocabulary was learned from
@@ -528,14 +530,15 @@ def test_corrupt_model(tiny_models_dir, tmp_path, monkeypatch):
     assert_mistake(result, str(tmp_path / "tiny" / "model.safetensors"), "corrupt", "5000 bytes")
 
 
-def test_vocabulary_without_end_of_text_needs_a_prompt(letters_dir, tmp_path, inside):
-    folder = shutil.copytree(letters_dir / "letters", tmp_path / "letters")
+def test_without_end_of_text_a_text_from_nothing_begins_a_line(tiny_models_dir, tmp_path, inside):
+    folder = shutil.copytree(tiny_models_dir / "tiny", tmp_path / "tiny")
     vocabulary = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
     del vocabulary["<|endoftext|>"]
     (folder / "encoder.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    flags = ["--model_size", "letters", "--models_dir", tmp_path, "--n_tokens_to_generate", 2]
-    assert_mistake(inside(*flags), "<|endoftext|>", "give a prompt")
-    assert_continues(inside("x", *flags), "aa")
+    encoder, hparams, params = load_encoder_hparams_and_params("tiny", str(tmp_path))
+    expected = encoder.decode(generate(encoder.encode("\n"), params, hparams["n_head"], 5))
+    flags = ["--model_size", "tiny", "--models_dir", tmp_path, "--n_tokens_to_generate", 5]
+    assert_continues(inside(*flags), expected)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
