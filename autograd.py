@@ -183,7 +183,7 @@ def unsupported(name, options=()):
 
 def apply(operation, name, inputs, options):
     """The operation's value on arrays, as a Tensor that knows which Tensors it was made of."""
-    if options.keys() - inspect.signature(operation).parameters.keys():
+    if options and options.keys() - inspect.signature(operation).parameters.keys():
         raise unsupported(name, options)
     value, *derivatives = operation(*(x.data if isinstance(x, Tensor) else x for x in inputs), **options)
     made_of = [(x, derivative) for x, derivative in zip(inputs, derivatives, strict=False) if isinstance(x, Tensor)]

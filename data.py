@@ -4,6 +4,7 @@ The ids of a file are uint16, little-endian, nothing else, as nanoGPT and llm.c 
 """
 
 import os
+import sys
 
 import numpy as np
 
@@ -31,7 +32,8 @@ def read_dataset(dataset, data_dir):
         path = os.path.join(data_dir, "tinyshakespeare.txt")
         if not os.path.exists(path):
             os.makedirs(data_dir, exist_ok=True)
-            download_file(TINYSHAKESPEARE[0], path, *TINYSHAKESPEARE[1:])
+            print(f"downloading {TINYSHAKESPEARE[0]} to {path}", file=sys.stderr, flush=True)
+            download_file(*TINYSHAKESPEARE[:1], path, *TINYSHAKESPEARE[1:], "give --dataset the path of a copy")
     if not os.path.isfile(path):
         raise UserError(f"no data file {path!r}; --dataset takes the path of a text file, or tinyshakespeare")
     with open(path, "rb") as f:

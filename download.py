@@ -14,12 +14,12 @@ BACK_OFF = 1.0  # seconds before the second attempt, doubled before each one aft
 CHUNK = 2**14  # bytes; what a broken connection has brought of one is lost
 
 
-def download_file(url, path, size=None, sha256=None):
+def download_file(url, path, size=None, sha256=None, remedy="set GPT2_BASE_URL to a mirror"):
     """Fetches url into path.
 
     The bytes gather in path.part. A connection that breaks is taken up where it broke (HTTP Range), also by the next
     run; a server without Range is read from the start again. size (bytes) and sha256 are checked where given, the
-    server's Content-Length always; a file that fails is set aside as path.corrupt.
+    server's Content-Length always; a file that fails is set aside as path.corrupt. remedy: what else a person can do.
     Raises UserError when the server refuses, cannot be reached, sends something else, or the disk is too small.
     """
     import requests
@@ -29,23 +29,22 @@ def download_file(url, path, size=None, sha256=None):
         if failures:
             time.sleep(BACK_OFF * 2 ** (failures - 1))
         try:
-            fetch_rest(url, path, size)
+            fetch_rest(url, path, size, remedy)
             return finish(url, path, size, sha256)
         except requests.RequestException as error:
             reason = explain(error)
             if isinstance(error, ValueError):  # not a URL: no use in trying again
                 break
         except OSError as error:
-            raise UserError(f"cannot write {path}.part ({error.strerror}); make room, or set --models_dir") from None
+            raise UserError(
+                f"cannot write {path}.part ({error.strerror}); make room, or set --models_dir or --data_dir"
+            ) from None
         failures = failures + 1 if size_of(path + ".part") <= reached else 1
         reached = max(reached, size_of(path + ".part"))
-    raise UserError(
-        f"cannot fetch {url} ({reason}); check the network and run the same command again, "
-        "or set GPT2_BASE_URL to a mirror"
-    )
+    raise UserError(f"cannot fetch {url} ({reason}); check the network and run the same command again, or {remedy}")
 
 
-def fetch_rest(url, path, size):
+def fetch_rest(url, path, size, remedy):
     """One attempt: appends to path.part what it lacks of `size` bytes, or of as many as the server says there are."""
     import requests
     from tqdm import tqdm
@@ -54,13 +53,13 @@ def fetch_rest(url, path, size):
     have = size_of(part)
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        begin = offset(response, part, have)
+        begin = offset(response, part, have, remedy)
         if begin is None:
             return
         length = response.headers.get("Content-Length", "")
         total = begin + int(length) if length.isdecimal() else size
         if size is not None and total != size:
-            raise UserError(f"{url} has {total} bytes, OpenAI's has {size}; check GPT2_BASE_URL, then try again")
+            raise UserError(f"{url} has {total} bytes, the original has {size}; {remedy}, then try again")
         check_space(path, (total or 0) - begin)
         bar = tqdm(desc=os.path.basename(path), total=total, initial=begin, unit="B", unit_scale=True, disable=None)
         with bar, open(part, "ab" if begin else "wb") as f:
@@ -71,7 +70,7 @@ def fetch_rest(url, path, size):
         raise requests.ConnectionError(f"{size_of(part)} of {total} bytes came")
 
 
-def offset(response, part, have):
+def offset(response, part, have, remedy):
     """Where in the file the response begins: at `have`, as was asked, or at 0 from a server without Range; None when
     the `have` bytes are all there are.
 
@@ -93,7 +92,7 @@ def offset(response, part, have):
     if status in (408, 429) or status >= 500:
         response.raise_for_status()
     what = f"the server answers {status} {response.reason}"
-    raise UserError(f"{response.url} cannot be had ({what}); check the model's name and GPT2_BASE_URL")
+    raise UserError(f"{response.url} cannot be had ({what}); check its name, or {remedy}")
 
 
 def finish(url, path, size, sha256):
@@ -113,7 +112,7 @@ def check_space(path, n_bytes):
     if n_bytes > free:
         raise UserError(
             f"{path} needs {n_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
-            "make room, or choose another --models_dir"
+            "make room, or choose another --models_dir or --data_dir"
         )
 
 

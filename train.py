@@ -39,7 +39,7 @@ def lm_loss(params, inputs, targets, n_head, model=gpt2):  # dict, [batch, n_seq
 
     model: gpt2; gpt2_pico, for one sequence; or fused.training_model(), gpt2 with dropout and a faster way back.
     """
-    return fused.cross_entropy(model.gpt2(inputs, **params, n_head=n_head), targets)
+    return fused.cross_entropy(model.gpt2(inputs, **params, n_head=n_head), np.asarray(targets))
 
 
 def loss_and_gradients(tensors, hparams, inputs, targets, model=gpt2, weight=1.0):

@@ -590,7 +590,7 @@ def test_the_pinned_tinyshakespeare_is_the_one_here():
 def test_tinyshakespeare_is_downloaded_once(tmp_path, monkeypatch):
     fetched = []
 
-    def fake(url, path, size, sha256):
+    def fake(url, path, size, sha256, remedy):
         fetched.append((url, size, sha256))
         write(tmp_path / "data" / "tinyshakespeare.txt", b"First Citizen:")
 
@@ -599,6 +599,14 @@ def test_tinyshakespeare_is_downloaded_once(tmp_path, monkeypatch):
     for _ in range(2):
         assert data.read_dataset("tinyshakespeare", str(tmp_path / "data")) == "First Citizen:"
     assert fetched == [data.TINYSHAKESPEARE]
+
+
+def test_without_a_network_a_copy_of_tinyshakespeare_will_do(run, monkeypatch):
+    import download
+
+    monkeypatch.setattr(download, "BACK_OFF", 0)
+    monkeypatch.setattr(data, "TINYSHAKESPEARE", ("http://127.0.0.1:9/input.txt", *data.TINYSHAKESPEARE[1:]))
+    mistake(run(dataset="tinyshakespeare"), "cannot fetch http://127.0.0.1:9", "give --dataset the path of a copy")
 
 
 @pytest.mark.parametrize("vocab_size", [256, 257, 400])
