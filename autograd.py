@@ -119,7 +119,7 @@ class At(NamedTuple):
 
 
 class Gradient:
-    """The sum of the shares that come to one Tensor. The first may be the array of another; it is not written to."""
+    """The sum of the shares that come to one Tensor. ours: nothing else holds that array, so it may be added to."""
 
     def __init__(self, total=None):
         self.total, self.ours = total, True
@@ -132,16 +132,16 @@ class Gradient:
     def add(self, share, x, dy):
         """x: the array whose gradient this is; dy: the gradient that the share was computed from."""
         if isinstance(share, At):
-            if self.total is None:
-                self.total = np.zeros_like(x)
+            self.total = np.zeros_like(x) if self.total is None else self.total
             add_at(self.own(), *share)
-        elif self.total is None:
-            self.total = unbroadcast(share, x.shape)
-            self.ours = self.total.flags.writeable and not np.may_share_memory(self.total, dy)
+            return
+        share = np.asarray(unbroadcast(share, x.shape), x.dtype)
+        if self.total is None:
+            self.total, self.ours = share, share.flags.writeable and not np.may_share_memory(share, dy)
         elif self.ours:
-            self.total += unbroadcast(share, x.shape)
+            self.total += share
         else:
-            self.total, self.ours = self.total + unbroadcast(share, x.shape), True
+            self.total, self.ours = np.asarray(self.total + share), True
 
 
 def unbroadcast(dy, shape):
@@ -158,7 +158,7 @@ def add_at(total, index, values):
     if all(isinstance(part, int | slice | type(...) | None) for part in parts):  # nothing can occur twice
         total[index] += values
     elif isinstance(index, np.ndarray) and index.dtype.kind in "iu" and index.size:  # token ids
-        ids = index.reshape(-1) % len(total)  # -1 is the last
+        ids = index.reshape(-1).astype(np.intp) % len(total)  # -1 is the last
         order = np.argsort(ids, kind="stable")  # equal ids side by side: their rows are summed in one go
         ids, starts = np.unique(ids[order], return_index=True)
         total[ids] += np.add.reduceat(values.reshape(order.size, *total.shape[1:])[order], starts)
@@ -173,7 +173,11 @@ OPERATIONS = {}  # by the function of NumPy that each stands for when that meets
 
 
 def operation(function):
-    return lambda ours: OPERATIONS.setdefault(function, ours)
+    def register(ours):
+        OPERATIONS[function] = ours
+        return ours
+
+    return register
 
 
 def unsupported(name, options=()):
@@ -181,11 +185,12 @@ def unsupported(name, options=()):
     return NotImplementedError(f"{name} has no derivative in autograd.py; add it there, or take the Tensor's .data")
 
 
-def apply(operation, name, inputs, options):
-    """The operation's value on arrays, as a Tensor that knows which Tensors it was made of."""
-    if options and options.keys() - inspect.signature(operation).parameters.keys():
-        raise unsupported(name, options)
-    value, *derivatives = operation(*(x.data if isinstance(x, Tensor) else x for x in inputs), **options)
+def apply(ours, name, inputs, options):
+    """The value of an operation of ours on arrays, as a Tensor that knows which Tensors it was made of."""
+    try:
+        value, *derivatives = ours(*(x.data if isinstance(x, Tensor) else x for x in inputs), **options)
+    except TypeError as error:  # an argument that NumPy's function has and ours lacks
+        raise unsupported(name, options or ["such arguments"]) from error
     made_of = [(x, derivative) for x, derivative in zip(inputs, derivatives, strict=False) if isinstance(x, Tensor)]
     return Tensor(value, [x for x, _ in made_of], lambda dy: (derivative(dy) for _, derivative in made_of))
 
@@ -245,7 +250,7 @@ def divide(a, b):
 @operation(np.power)
 def power(a, b):
     y = a**b
-    return y, lambda dy: dy * b * a ** (b - 1), lambda dy: dy * y * np.log(a)
+    return y, lambda dy: dy * b * a ** (b - (b != 0)), lambda dy: dy * y * np.log(a)  # a**0 has none at 0 either
 
 
 @operation(np.sqrt)
@@ -277,7 +282,7 @@ def matmul(a, b):
         raise unsupported("matmul", ["a vector"])
 
     def derivative_of_b(dy):
-        if b.strides[-1] <= b.strides[-2]:  # in the memory order of b: for wte.T, whose columns are the rows of wte
+        if b.strides[-1] <= b.strides[-2]:  # rows are contiguous, and the gradient's too, or adding them up is slow
             return np.swapaxes(a, -1, -2) @ dy
         return np.swapaxes(np.swapaxes(dy, -1, -2) @ a, -1, -2)
 
@@ -328,6 +333,8 @@ def getitem(x, index):
 
 def split(x, n, axis=0):
     """np.split into n equal parts: as many slices."""
+    if not isinstance(n, int):
+        raise unsupported("split", ["indices"])
     if x.shape[axis] % n:
         raise ValueError(f"an axis of length {x.shape[axis]} has no {n} equal parts")
     length, before = x.shape[axis] // n, (slice(None),) * (axis % x.ndim)

@@ -22,10 +22,10 @@ EXIT_MISTAKE, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 2, 130, 141  # the last two a
 
 
 class Parser(argparse.ArgumentParser):
+    hint = ""  # behind what is not recognized
+
     def error(self, message):
-        hint = ""
-        if message.startswith("unrecognized"):
-            hint = " (a prompt of several words goes in quotes, one that starts with a dash after --)"
+        hint = self.hint if message.startswith("unrecognized") else ""
         raise UserError(f"{message}{hint}; see python {self.prog} --help")
 
 
@@ -71,6 +71,7 @@ def make_parser():
         epilog='A prompt that starts with a dash goes after two of them: python gpt2.py -- "--dashes"',
         allow_abbrev=False,
     )
+    parser.hint = " (a prompt of several words goes in quotes, one that starts with a dash after --)"
     add = parser.add_argument
     add("prompt", nargs="?", help="the text to continue, taken as it is; - reads standard input; none starts afresh")
     add("--prompt_file", metavar="FILE", help="read the prompt from a file (its last line break is dropped, as for -)")

@@ -3,6 +3,7 @@
 The ids of a file are uint16, little-endian, nothing else, as nanoGPT and llm.c write them, and are memory-mapped.
 """
 
+import codecs
 import os
 import sys
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from download import download_file
 from encoder import END_OF_TEXT, Encoder, bytes_to_unicode
-from errors import UserError
+from errors import CorruptFile, UserError
 from files import replacing
 
 TINYSHAKESPEARE = (  # Karpathy's file of Shakespeare's plays: where it is, bytes, sha256
@@ -37,9 +38,9 @@ def read_dataset(dataset, data_dir):
     if not os.path.isfile(path):
         raise UserError(f"no data file {path!r}; --dataset takes the path of a text file, or tinyshakespeare")
     with open(path, "rb") as f:
-        data = f.read()
+        data = f.read().removeprefix(codecs.BOM_UTF8)
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         what = f"byte 0x{data[error.start]:02x} at position {error.start}"
         raise UserError(f"{path} is not UTF-8 ({what}); convert it, with iconv for example") from None
@@ -108,9 +109,15 @@ def save_tokens(path, ids):
         f.write(np.asarray(ids, "<u2").tobytes())
 
 
-def open_tokens(path):
-    """The ids of a file as a memory-mapped array of uint16."""
-    return np.memmap(path, "<u2", mode="r")
+def open_tokens(path, n_vocab, block_size):
+    """The ids of a file as a memory-mapped array of uint16; raises CorruptFile where it cannot be trained on."""
+    n_bytes = os.path.getsize(path)
+    if n_bytes % 2 or n_bytes <= 2 * block_size:
+        raise CorruptFile(path, f"{n_bytes} bytes, no ids of 16 bits for blocks of {block_size}")
+    ids = np.memmap(path, "<u2", mode="r")
+    if (largest := int(ids.max())) >= n_vocab:
+        raise CorruptFile(path, f"id {largest}, in a vocabulary of {n_vocab}")
+    return ids
 
 
 def random_windows(tokens, rng, batch_size, block_size):  # [n] -> [batch, n_seq], [batch, n_seq]

@@ -1,14 +1,17 @@
 """How well a model predicts a text: python evaluate.py wikitext2-test.txt --model_size 124M
 
-A text longer than the context is read through a window. A window is `context` tokens, the next begins `stride` tokens
-later, and of each (but the first) the last `stride` are scored, so that every token but the very first is scored once,
-with at least context - stride tokens before it. A smaller stride costs more passes and gives a lower loss; figures are
-comparable only at the same context and stride. stride = context is the cheapest: each token is read once.
+A text longer than the context is read through a window of `context` tokens that moves on by `stride`. Each window but
+the first scores the last `stride` of its tokens, so that all but the very first token of the text are scored once, and
+those after the first window with at least context - stride tokens before them. A smaller stride costs more time and
+gives a lower loss: only figures of the same context and stride compare. stride = context reads each token once.
 
 Perplexity is per token of the model's vocabulary, and on the text as it is: the GPT-2 paper's (Radford et al. 2019,
 table 3) are per word, of texts freed of artefacts, and are other numbers. Nats a character compare across vocabularies.
+
+This is a program of its own, and no option of gpt2.py, because it shares none of that one's options but the model.
 """
 
+import itertools
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -23,13 +26,13 @@ from data import read_dataset, split_text
 from errors import UserError
 from utils import load_encoder_hparams_and_params
 
-LOGITS_AT_ONCE = 2**25  # as many windows go through the model together as have about so many
+LOGITS_AT_ONCE = 2**25  # windows go through the model together until their logits are about this many
 
 
 def windows(n_inputs, context, stride):
-    """(start, how many positions the windows before it have scored) of each window; the last ends with the text."""
+    """(start, how many of its positions are scored already) of each window; the last ends with the text."""
     starts = [*range(0, n_inputs - context, stride), max(0, n_inputs - context)]
-    return [(start, before + context - start) for before, start in zip([-context, *starts], starts, strict=False)]
+    return [(0, 0)] + [(start, before + context - start) for before, start in itertools.pairwise(starts)]
 
 
 def total_loss(ids, params, n_head, context, stride, threads=1):
@@ -90,13 +93,19 @@ def evaluate(options):
     if len(ids) < 2:
         raise UserError(f"{options.dataset} gives {len(ids)} tokens; the first is not scored, so at least 2 are needed")
     loss = total_loss(ids, params, hparams["n_head"], context, stride, options.threads) / (len(ids) - 1)
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss}: {options.model_size}'s weights are not sound; get or train the model anew"
+        )
     scored = encoder.decode(ids[1:])
     per_char, per_byte = ((len(ids) - 1) * loss / len(whole) for whole in (scored, scored.encode("utf-8")))
+    with np.errstate(over="ignore"):
+        perplexity = np.exp(loss)
     print(
         f"{options.model_size} on {options.dataset} ({options.split}): {len(ids)} tokens, {len(text)} characters\n"
         f"context {context}, stride {stride}\n"
         f"loss        {loss:.4f} nats a token\n"
-        f"perplexity  {math.exp(loss):.4f} a token\n"
+        f"perplexity  {perplexity:.4f} a token\n"
         f"            {per_char:.4f} nats a character\n"
         f"            {per_byte / math.log(2):.4f} bits a byte"
     )

@@ -1,8 +1,9 @@
 """gpt2.py for training: the same functions, with dropout between them and a faster way back through three of them.
 
 autograd.py differentiates gelu as it stands, product by product, each with an array to keep and a pass over memory.
-Here its forward is still gpt2.gelu, and its backward is one function, derived in docs/backward.md; both go over a few
-rows at a time, so that what they make on the way stays in the processor's cache.
+Here its forward is still gpt2.gelu, and its backward is one function; softmax, layer_norm and the loss likewise. All go
+over a few rows at a time, so that what they make on the way stays in the processor's cache. docs/backward.md derives
+the four backwards.
 """
 
 import importlib.util
@@ -90,7 +91,7 @@ class Dropout:
     """Sets each number to 0 with probability p and divides the others by 1 - p (Srivastava et al. 2014, section 10)."""
 
     def __init__(self, p):
-        self.threshold = round(p * 2**16)  # one draw takes 16 bits: p is kept to 1/65536
+        self.threshold = min(round(p * 2**16), 2**16 - 1)  # a draw takes 16 bits: p is kept to 1/65536
         self.seed(0)
 
     def seed(self, *numbers):
@@ -118,7 +119,7 @@ def training_model(dropout=0.0):
     """The module gpt2 once more, from its own source, with the operations above in place of the functions they equal.
 
     dropout: the share that is dropped of the embeddings, of the attention weights, and of what attention and ffn add
-    to the residual stream, as in OpenAI's code of 2018 (Radford et al. 2018, section 4.1). Its seed() is in `.drop`.
+    to the residual stream (Radford et al. 2018, section 4.1). `.drop.seed()` begins its draws anew.
     """
     spec = importlib.util.find_spec("gpt2")
     model = importlib.util.module_from_spec(spec)

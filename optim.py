@@ -16,10 +16,12 @@ class AdamW:
 
     tensors: dict of arrays by name. decays: which of them decay; by default matrices, not offsets and the scales of
     layer norms (Radford et al. 2018, section 4.1). m, v: dicts of the moments; step: how many updates were made, for
-    the bias correction.
+    the bias correction. Raises ValueError for a tensor that is not contiguous: it could not be changed in pieces.
     """
 
     def __init__(self, tensors, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, decays=is_matrix):
+        if scattered := [name for name, p in tensors.items() if not p.flags.c_contiguous]:
+            raise ValueError(f"not contiguous in memory: {', '.join(scattered)}; give np.ascontiguousarray of it")
         self.tensors, self.beta1, self.beta2, self.eps = tensors, beta1, beta2, eps
         self.weight_decay = {name: weight_decay * decays(p) for name, p in tensors.items()}
         self.m = {name: np.zeros_like(p) for name, p in tensors.items()}
@@ -36,27 +38,29 @@ class AdamW:
         list(parallel_map(lambda name: self.update_tensor(name, gradients[name], learning_rate, scale), largest_first))
 
     def update_tensor(self, name, gradient, learning_rate, scale):
-        p = self.tensors[name]
+        """m = beta1*m + (1-beta1)*g,  v = beta2*v + (1-beta2)*g*g,  and with both freed from their bias towards 0,
+        w = w - learning_rate * (weight_decay*w + m/(sqrt(v) + eps)); piece by piece, in one array of scratch each."""
+        p, t = self.tensors[name], self.step
         decay = 1 - learning_rate * self.weight_decay[name]
-        step_size = learning_rate / (1 - self.beta1**self.step)
-        root = math.sqrt(1 - self.beta2**self.step)
+        step_size, root = learning_rate / (1 - self.beta1**t), math.sqrt(1 - self.beta2**t)
         flat = [a.reshape(-1) for a in (p, gradient, self.m[name], self.v[name])]
         for i in range(0, p.size, PIECE):
             w, g, m, v = (a[i : i + PIECE] for a in flat)
-            g = g * scale
+            scratch = g * (scale * (1 - self.beta1))
             m *= self.beta1
-            m += (1 - self.beta1) * g
+            m += scratch
+            np.multiply(g, scale, out=scratch)
+            scratch *= scratch
+            scratch *= 1 - self.beta2
             v *= self.beta2
-            g *= g
-            g *= 1 - self.beta2
-            v += g
-            np.sqrt(v, out=g)
-            g *= 1 / root
-            g += self.eps
-            np.divide(m, g, out=g)
-            g *= step_size
+            v += scratch
+            np.sqrt(v, out=scratch)
+            scratch *= 1 / root
+            scratch += self.eps
+            np.divide(m, scratch, out=scratch)
+            scratch *= step_size
             w *= decay
-            w -= g
+            w -= scratch
 
 
 def global_norm(gradients, parallel_map=map):

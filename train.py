@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -22,7 +23,7 @@ import fused
 import gpt2
 from autograd import Tensor
 from checkpoint import nest, save_params, save_safetensors, tensor_shapes
-from data import even_windows, open_tokens, random_windows
+from data import even_windows, random_windows
 from encoder import END_OF_TEXT
 from errors import UserError
 from files import replacing
@@ -30,6 +31,7 @@ from optim import AdamW, global_norm, learning_rate_at
 from sampling import make_sampler
 
 LOG_INTERVAL, SAMPLE_TOKENS = 10, 100  # steps, tokens
+# step: updates made so far; evaluated_step, saved_step: the last step after which that was done, -1 for none
 NEW_STATE = {"step": 0, "evaluated_step": -1, "saved_step": -1, "seconds": 0.0, "best_loss": math.inf}
 LOG, PICTURE, STATE = "log.jsonl", "loss.png", "training.safetensors"
 
@@ -65,27 +67,31 @@ def initial_tensors(hparams, seed):
 
 
 class Trainer:
-    """A model folder being trained. options: a dict, the command line's; state: the figures that go on and on."""
+    """A model folder being trained. options: a dict, the command line's; state: a dict, how far it has come;
+    data: arrays of ids by split."""
 
-    def __init__(self, model_dir, options, encoder, hparams, tensors, state=None):
+    def __init__(self, model_dir, options, encoder, hparams, tensors, data, state=None):
         self.model_dir, self.options, self.encoder, self.hparams = model_dir, options, encoder, hparams
-        self.tensors, self.params = tensors, nest(tensors, hparams["n_layer"])
+        self.tensors, self.params, self.data = tensors, nest(tensors, hparams["n_layer"]), data
         self.state = NEW_STATE | (state or {})
-        self.data = {split: open_tokens(os.path.join(model_dir, f"{split}.bin")) for split in ("train", "val")}
         names = ("beta1", "beta2", "weight_decay")
         self.optimizer = AdamW(tensors, **{name: options[name] for name in names})
         self.n_shards = min(options["threads"], options["batch_size"])
         self.models = [fused.training_model(options["dropout"]) for _ in range(self.n_shards)]
         self.eval_model = fused.training_model()
-        self.interrupted, self.step_seconds = False, []
+        quiet = {"over": "ignore", "invalid": "ignore", "divide": "ignore"}  # check_finite looks at what comes of it
+        self.pool = ThreadPoolExecutor(self.n_shards, initializer=lambda: np.seterr(**quiet))
+        self.bar, self.clock, self.step_seconds, self.interrupted = None, None, [], False
 
     def run(self):
         """Trains up to max_iters; returns whether it came that far, which it does not when Ctrl-C ends it."""
         options, state = self.options, self.state
         blas_threads = max(1, options["threads"] // self.n_shards)
-        bar = tqdm(total=options["max_iters"], initial=state["step"], unit="step", disable=None, dynamic_ncols=True)
-        with bar, ThreadPoolExecutor(self.n_shards) as self.pool, threadpool_limits(blas_threads), self.sigint():
-            self.bar, self.clock = bar, time.perf_counter()
+        self.bar = tqdm(
+            total=options["max_iters"], initial=state["step"], unit="step", disable=None, dynamic_ncols=True
+        )
+        self.clock = time.perf_counter()
+        with self.bar, self.pool, threadpool_limits(blas_threads), self.sigint():
             while True:
                 at_end = state["step"] >= options["max_iters"]
                 due = at_end or state["step"] % options["eval_interval"] == 0
@@ -124,7 +130,7 @@ class Trainer:
         options, step = self.options, self.state["step"]
         loss, gradients = self.all_gradients(step)
         norm = global_norm(gradients, self.pool.map)
-        self.check_finite(loss, norm)
+        self.check_finite({"loss": loss, "norm of the gradients": norm})
         peak, last = options["learning_rate"], options["lr_decay_iters"] or options["max_iters"]
         lowest = peak / 20 if options["min_lr"] is None else options["min_lr"]
         learning_rate = learning_rate_at(step, peak, lowest, options["warmup_iters"], last)
@@ -140,8 +146,7 @@ class Trainer:
 
         def one_shard(inputs, targets, model):
             weight = len(inputs) / options["batch_size"] / n_batches
-            with np.errstate(over="ignore", invalid="ignore"):  # train_step looks at the result
-                return loss_and_gradients(self.tensors, self.hparams, inputs, targets, model, weight)
+            return loss_and_gradients(self.tensors, self.hparams, inputs, targets, model, weight)
 
         for i in range(n_batches):
             rng = np.random.default_rng([options["seed"], step, i])  # the same draws, resumed or not
@@ -160,20 +165,24 @@ class Trainer:
             return
         list(self.pool.map(lambda name: np.add(total[name], gradients[name], out=total[name]), total))
 
-    def check_finite(self, *numbers):
-        """Raises UserError, with a way on, where a loss, a norm or a sum of weights is not finite."""
-        if all(map(math.isfinite, numbers)):
+    def check_finite(self, figures):
+        """Raises UserError, with a way on, where one of the figures, a dict, is not finite."""
+        wrong = [f"the {name} is {value}" for name, value in figures.items() if not math.isfinite(value)]
+        if not wrong:
             return
-        step, saved = self.state["step"], self.state["saved_step"]
+        if self.state["saved_step"] < 0:
+            raise UserError(
+                f"{wrong[0]} before the first step; the weights of {self.options['init_from']} are not sound"
+            )
         raise UserError(
-            f"training diverged: the loss is {numbers[0]} at step {step}; {self.model_dir} keeps step {saved}. Go on "
-            f"from there with smaller steps: python train.py {self.model_options('--name')} --resume "
-            f"--learning_rate {self.options['learning_rate'] / 3:.1g}"
+            f"training diverged: {wrong[0]} at step {self.state['step']}. {self.model_dir} keeps step "
+            f"{self.state['saved_step']}; go on from there with smaller steps: python train.py "
+            f"{self.model_options('--name')} --resume --learning_rate {self.options['learning_rate'] / 3:.1g}"
         )
 
     def model_options(self, option="--model_size"):
         name, models_dir = self.options["name"], self.options["models_dir"]
-        return f"{option} {name}" + ("" if models_dir == "models" else f" --models_dir {models_dir}")
+        return f"{option} {name}" + ("" if models_dir == "models" else f" --models_dir {shlex.quote(models_dir)}")
 
     # What is seen of it
 
@@ -195,8 +204,8 @@ class Trainer:
         """Both losses, a sample and what is saved; the weights of the lowest validation loss are the model."""
         state = self.state
         losses = {f"{split}_loss": self.estimate_loss(split) for split in ("train", "val")}
-        self.check_finite(losses["val_loss"], losses["train_loss"])
-        nats = losses["val_loss"] / self.options["val_chars_per_token"]
+        self.check_finite(losses)
+        nats = losses["val_loss"] / state["val_chars_per_token"]
         state["evaluated_step"] = state["step"]
         is_best = losses["val_loss"] < state["best_loss"]
         if is_best:
@@ -232,7 +241,7 @@ class Trainer:
             self.step_seconds.clear()
 
     def log(self, figures):
-        """One line of JSON; a run that is resumed drops the lines that came after what it goes on from."""
+        """Adds one line of JSON."""
         line = {"step": self.state["step"], "seconds": round(self.tick(), 2)} | figures
         with open(os.path.join(self.model_dir, LOG), "a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")
@@ -271,7 +280,7 @@ class Trainer:
 
         There is no state of a random generator to keep: what a step draws follows from the seed and its number.
         """
-        self.check_finite(*(float(np.sum(tensor)) for tensor in self.tensors.values()))
+        self.check_finite({f"sum of {name}": float(np.sum(tensor)) for name, tensor in self.tensors.items()})
         self.tick()
         self.state["saved_step"] = self.state["step"]
         parts = {"w": self.tensors, "m": self.optimizer.m, "v": self.optimizer.v}
@@ -288,12 +297,13 @@ class Trainer:
 
 
 def read_log(model_dir, last_step=math.inf):
-    """The lines of the log up to a step, as dicts."""
-    path = os.path.join(model_dir, LOG)
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding="utf-8") as f:
-        lines = [json.loads(line) for line in f if line.endswith("}\n")]  # a run that was killed may leave half a line
+    """The lines of the log up to a step, as dicts, less those that a run which was killed did not finish writing."""
+    path, lines = os.path.join(model_dir, LOG), []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                with contextlib.suppress(ValueError):
+                    lines.append(json.loads(line))
     return [line for line in lines if line["step"] <= last_step]
 
 

@@ -16,9 +16,10 @@ from filelock import FileLock, Timeout
 
 from checkpoint import flatten, load_hparams, load_safetensors, tensor_shapes
 from cli import EXIT_INTERRUPTED, Parser, exit_code, n_cores, number, positive_number, whole_number
-from data import N_BYTES, N_IDS, encode_splits, read_dataset, save_tokens, split_text, train_encoder
+from data import N_BYTES, N_IDS, encode_splits, open_tokens, read_dataset, save_tokens, split_text, train_encoder
+from download import check_space
 from encoder import END_OF_TEXT, get_encoder, save_encoder
-from errors import UserError
+from errors import CorruptFile, UserError
 from files import replacing
 from train import LOG, PICTURE, STATE, Trainer, initial_tensors, read_log
 from utils import N_PARAMS, load_encoder_hparams_and_params, load_gpt2_encoder
@@ -99,7 +100,7 @@ TUNABLE = {  # what a preset has a value for: by name its type or choices, and w
         "gradient_accumulation_steps": (positive_number, "batches a step"),
     },
     "the training": {
-        "max_iters": (whole_number, "steps in all"),
+        "max_iters": (whole_number, "steps in all; the learning rate falls until then"),
         "learning_rate": (positive_rate, "AdamW's, after the warm-up"),
         "warmup_iters": (whole_number, "steps from 0 up to learning_rate"),
         "lr_decay_iters": (positive_number, "steps down to min_lr, along a cosine; by default max_iters"),
@@ -134,7 +135,7 @@ def make_parser():
     add("--models_dir", metavar="DIR", default="models", help="where the model folders are (default models)")
     add("--data_dir", metavar="DIR", default="data", help="where tinyshakespeare is downloaded to (default data)")
     add("--device", choices=["cpu"], help="cpu is what NumPy runs on")
-    add("--threads", type=positive_number, metavar="N", help="shards of a batch, a thread each (default: the cores)")
+    add("--threads", type=positive_number, metavar="N", help="shards of a batch, one thread each (default: the cores)")
     for title, options in TUNABLE.items():
         group = parser.add_argument_group(title)
         for name, (kind, meaning) in options.items():
@@ -146,8 +147,10 @@ def make_parser():
 def preset_values(name):
     """[0.1] where all presets agree, [3min 4, 1h 6] where they do not."""
     values = {preset: options[name] for preset, options in PRESETS.items() if options.get(name) is not None}
-    if len(set(values.values())) < 2:
-        return "".join(f" [{value}]" for value in set(values.values()))
+    if not values:
+        return ""
+    if len(set(values.values())) == 1:
+        return f" [{values['3min']}]"
     return f" [{', '.join(f'{preset} {value}' for preset, value in values.items())}]"
 
 
@@ -189,7 +192,7 @@ def report(trainer, finished):
             file=sys.stderr,
         )
         return EXIT_INTERRUPTED
-    nats = state["best_loss"] / options["val_chars_per_token"]
+    nats = state["best_loss"] / state["val_chars_per_token"]
     print(
         f"{trainer.model_dir}: validation loss {state['best_loss']:.4f} nats a token, {nats:.4f} a character, "
         f"at step {state['best_step']} of {options['max_iters']}; {state['seconds']:.0f} s"
@@ -221,37 +224,49 @@ def locked(model_dir):
 
 
 def new_trainer(model_dir, given):
-    """Reads and checks everything before anything is written or replaced."""
+    """Reads, checks and makes everything before anything is written or replaced."""
     options = resolve(given)
     text = read_dataset(options["dataset"], options["data_dir"])
     if options["init_from"] == "scratch":
         encoder = new_encoder(options, text)
         shape = {name: options[name] for name in ("n_embd", "n_head", "n_layer")}
         hparams = {"n_vocab": len(encoder.encoder), "n_ctx": options["block_size"]} | shape
-        tensors = initial_tensors(hparams, options["seed"])
     else:
         encoder, hparams, params = load_encoder_hparams_and_params(options["init_from"], options["models_dir"])
-        tensors = {name: np.array(tensor) for name, tensor in flatten(params, hparams).items()}  # to be written to
         check_fine_tuning(options, encoder, hparams)
     train_ids, val_ids, val_chars = encode_splits(text, encoder, options["layout"])
-    shorter = min(len(train_ids), len(val_ids))
-    if shorter <= options["block_size"]:
-        raise UserError(
-            f"{options['dataset']} gives {len(train_ids)} tokens to train on and {len(val_ids)} to validate on; each "
-            f"must be more than --block_size {options['block_size']}: take a longer text"
-            + (f", or --block_size {shorter - 1}" if shorter > 1 else "")
-        )
-    options["val_chars_per_token"] = val_chars / len(val_ids)
-    for name in (STATE, LOG, PICTURE, "model.safetensors", "config.json"):  # of the model that is replaced
+    check_length(options, train_ids, val_ids)
+    if options["init_from"] == "scratch":
+        tensors = initial_tensors(hparams, options["seed"])
+    else:
+        tensors = {name: np.array(tensor) for name, tensor in flatten(params, hparams).items()}  # to be written to
+    data = {"train": np.array(train_ids, np.uint16), "val": np.array(val_ids, np.uint16)}
+    state = {"val_chars_per_token": val_chars / len(val_ids)}
+    trainer = Trainer(model_dir, options, encoder, hparams, tensors, data, state)
+    n_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    check_space(os.path.join(model_dir, STATE), 8 * n_bytes)  # weights, moments and the best weights, old and new
+    begin_folder(trainer)
+    announce(options, hparams, n_bytes // 4, len(train_ids), len(val_ids))
+    return trainer
+
+
+def begin_folder(trainer):
+    """Takes away what was trained there before, and puts down all that does not change any more."""
+    model_dir = trainer.model_dir
+    for name in (STATE, LOG, PICTURE, "model.safetensors", "config.json"):
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(model_dir, name))
     with replacing(os.path.join(model_dir, "hparams.json")) as f:
-        f.write(json.dumps(hparams).encode("utf-8"))
-    save_encoder(encoder, model_dir)
-    save_tokens(os.path.join(model_dir, "train.bin"), train_ids)
-    save_tokens(os.path.join(model_dir, "val.bin"), val_ids)
-    announce(options, hparams, tensors, len(train_ids), len(val_ids))
-    return Trainer(model_dir, options, encoder, hparams, tensors)
+        f.write(json.dumps(trainer.hparams).encode("utf-8"))
+    save_encoder(trainer.encoder, model_dir)
+    for split, ids in trainer.data.items():
+        save_tokens(os.path.join(model_dir, f"{split}.bin"), ids)
+    trainer.data = open_data(model_dir, trainer.hparams, trainer.options)
+
+
+def open_data(model_dir, hparams, options):
+    paths = {split: os.path.join(model_dir, f"{split}.bin") for split in ("train", "val")}
+    return {split: open_tokens(path, hparams["n_vocab"], options["block_size"]) for split, path in paths.items()}
 
 
 def resolve(given):
@@ -267,6 +282,8 @@ def resolve(given):
     if fine_tunes and (own := [name for name in SHAPE if name in given]):
         raise UserError(f"--{own[0]} comes from {given['init_from']} and cannot be chosen; leave it out")
     options = {"init_from": "scratch", "threads": n_cores(), "device": "cpu"} | PRESETS[preset] | given
+    if "vocab_size" in given and options["tokenizer"] != "bpe":
+        raise UserError(f"--vocab_size is for --tokenizer bpe; {options['tokenizer']} has its own, so leave it out")
     if not fine_tunes and options["n_embd"] % options["n_head"]:
         raise UserError(f"--n_embd {options['n_embd']} is not a multiple of --n_head {options['n_head']}")
     return options
@@ -293,8 +310,17 @@ def check_fine_tuning(options, encoder, hparams):
         raise UserError(f"{model} has no {END_OF_TEXT} to begin sections with; leave out --layout sections")
 
 
-def announce(options, hparams, tensors, n_train, n_val):
-    n_params = sum(tensor.size for tensor in tensors.values())
+def check_length(options, train_ids, val_ids):
+    shorter = min(len(train_ids), len(val_ids))
+    if shorter <= options["block_size"]:
+        raise UserError(
+            f"{options['dataset']} gives {len(train_ids)} tokens to train on and {len(val_ids)} to validate on; each "
+            f"must be more than --block_size {options['block_size']}: take a longer text"
+            + (f", or --block_size {shorter - 1}" if shorter > 1 else "")
+        )
+
+
+def announce(options, hparams, n_params, n_train, n_val):
     shape = ", ".join(f"{name} {value}" for name, value in hparams.items())
     step = options["batch_size"] * options["gradient_accumulation_steps"] * options["block_size"]
     print(
@@ -308,8 +334,12 @@ def announce(options, hparams, tensors, n_train, n_val):
 
 
 def resumed_trainer(model_dir, given):
-    saved, metadata = load_safetensors(os.path.join(model_dir, STATE))
-    state, before = json.loads(metadata["state"]), json.loads(metadata["options"])
+    path = os.path.join(model_dir, STATE)
+    saved, metadata = load_safetensors(path)
+    try:
+        state, before = json.loads(metadata["state"]), json.loads(metadata["options"])
+    except (KeyError, ValueError):
+        raise CorruptFile(path, "no state of a training in it") from None
     for name in FIXED:
         if name in given and given[name] != before.get(name):
             raise UserError(
@@ -317,12 +347,16 @@ def resumed_trainer(model_dir, given):
                 "or start another --name"
             )
     given.pop("preset", None)
-    encoder, hparams = get_encoder(given["name"], given["models_dir"]), load_hparams(model_dir)
+    options, hparams = before | given, load_hparams(model_dir)
+    shapes = {f"{part}/{name}": shape for part in "wmv" for name, shape in tensor_shapes(**hparams).items()}
+    if {name: tensor.shape for name, tensor in saved.items()} != shapes:
+        raise CorruptFile(path, "its tensors are not those of hparams.json")
     tensors = {name: np.array(saved[f"w/{name}"]) for name in tensor_shapes(**hparams)}
-    trainer = Trainer(model_dir, before | given, encoder, hparams, tensors, state)
+    encoder, data = get_encoder(given["name"], given["models_dir"]), open_data(model_dir, hparams, options)
+    trainer = Trainer(model_dir, options, encoder, hparams, tensors, data, state)
     trainer.load_moments(saved)
-    lines = read_log(model_dir, state["step"])
+    lines = read_log(model_dir, state["step"])  # those of later steps are written again
     with replacing(os.path.join(model_dir, LOG)) as f:
         f.write("".join(json.dumps(line) + "\n" for line in lines).encode("utf-8"))
-    print(f"going on from step {state['step']} of {trainer.options['max_iters']}", file=sys.stderr)
+    print(f"going on from step {state['step']} of {options['max_iters']}", file=sys.stderr)
     return trainer

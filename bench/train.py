@@ -6,12 +6,11 @@ Needs torch and transformers (requirements-dev.txt).
 """
 
 import json
-import os
-import resource
+import pathlib
+import re
 import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 
 import numpy as np
 from common import SIZE_124M, machine, median, seconds, table
@@ -29,24 +28,18 @@ for preset in ("3min", "1h"):
     SHAPES[f"preset {preset}, {options['batch_size']} x {options['block_size']}"] = hparams, chosen
 
 
-def our_step(hparams, chosen, folder):
+def our_step(hparams, chosen):
     """Trainer.train_step, on random tokens, as train.py calls it."""
     from threadpoolctl import threadpool_limits
 
-    from data import save_tokens
-
-    for split in ("train", "val"):
-        save_tokens(
-            os.path.join(folder, f"{split}.bin"), np.random.default_rng(0).integers(0, hparams["n_vocab"], 9999)
-        )
-    options = PRESETS["3min"] | chosen | {"threads": THREADS, "grad_clip": 0.0, "name": "bench", "models_dir": folder}
-    trainer = Trainer(folder, options, None, hparams, initial_tensors(hparams, 0))
-    trainer.pool = ThreadPoolExecutor(trainer.n_shards)
+    data = {"train": np.random.default_rng(0).integers(0, hparams["n_vocab"], 9999, dtype=np.uint16)}
+    options = PRESETS["3min"] | chosen | {"threads": THREADS, "grad_clip": 0.0}
+    trainer = Trainer(None, options, None, hparams, initial_tensors(hparams, 0), data)
     threadpool_limits(THREADS // trainer.n_shards)
     return trainer.train_step
 
 
-def their_step(hparams, chosen, _):
+def their_step(hparams, chosen):
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -70,11 +63,15 @@ def their_step(hparams, chosen, _):
 
 def work(side, shape):
     """The worker: a step for each line of standard input; answers with its seconds and the peak of memory so far."""
-    with tempfile.TemporaryDirectory() as folder:
-        step = (our_step if side == "ours" else their_step)(*SHAPES[shape], folder)
-        for _ in sys.stdin:
-            took = seconds(step)
-            print(json.dumps([took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]), flush=True)
+    step = (our_step if side == "ours" else their_step)(*SHAPES[shape])
+    for _ in sys.stdin:
+        print(json.dumps([seconds(step), peak_memory()]), flush=True)
+
+
+def peak_memory():
+    """Bytes of memory this process has held at most (Linux; getrusage would count those of the parent too)."""
+    status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
 
 
 class Worker:
@@ -128,9 +125,7 @@ def main():
     if sys.argv[1:2] == ["--worker"]:
         return work(*sys.argv[2:])
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 9
-    import torch
-
-    print(f"{machine()}; torch {torch.__version__}, {THREADS} threads, medians of {rounds} rounds in turns")
+    print(f"{machine()}; torch {version('torch')}, {THREADS} threads, medians of {rounds} rounds in turns")
     head = [
         "shape",
         "ms a step: ours",

@@ -143,6 +143,18 @@ def test_constants_are_not_differentiated():
         assert [parent is x for parent in y.parents] == [True]
 
 
+def test_corners():
+    x = Tensor(np.array([0.0, 2.0]))
+    np.sum(x**0 + x**1 + x**2).backward()
+    np.testing.assert_array_equal(x.grad, [1, 5])
+    x = Tensor(np.array(3.0))
+    (np.sum(x[None]) * x).backward()
+    assert x.grad == 6
+    x = Tensor(np.ones((300, 2), np.float32))
+    np.sum(x[np.array([7, 7], np.uint8)] * np.ones((2, 2))).backward()  # float64 met it
+    assert x.grad.dtype == np.float32 and x.grad[7].tolist() == [2, 2] and np.sum(x.grad) == 4
+
+
 def test_equal_maxima_share_the_gradient():
     x = Tensor(np.array([1.0, 3, 3, 2]))
     np.max(x).backward()
@@ -221,6 +233,8 @@ def test_memory_is_freed_while_backward_runs():
         (lambda x: np.exp(x, dtype=np.float32), "np.exp with dtype"),
         (lambda x: np.mean(x, dtype=np.float32), "np.mean with dtype"),
         (lambda x: np.mean(a=x), "np.mean with a"),
+        (lambda x: np.sum(x, 0, np.float64), "np.sum with such arguments"),
+        (lambda x: np.split(x, [1]), "np.split with indices"),
         (lambda x: x > 0, "np.greater"),
         (np.argmax, "np.argmax"),
         (lambda x: np.concatenate([x, x]), "np.concatenate"),

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 import evaluate
 import gpt2
-from checkpoint import load_params, nest
+from checkpoint import load_params, nest, save_params
 from data import split_text
 from tests import gradients
 from tests.conftest import ROOT, need
@@ -132,6 +133,17 @@ def test_mistakes(run, options, content, words):
     code, out, err = run(*options, content=content)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert all(word in err for word in words), err
+
+
+def test_weights_that_make_no_sense(tmp_path, tiny_models_dir, tiny, capsys):
+    _, hparams, params = tiny
+    folder = shutil.copytree(tiny_models_dir / "tiny", tmp_path / "tiny")
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    for scale, code, word in ((np.nan, 2, "not sound"), (1e6, 0, "perplexity  inf")):
+        save_params(str(folder), params | {"ln_f": {name: x * scale for name, x in params["ln_f"].items()}}, hparams)
+        found = evaluate.main([str(tmp_path / "text.txt"), "--model_size", "tiny", "--models_dir", str(tmp_path)])
+        out, err = capsys.readouterr()
+        assert found == code and word in out + err and "Warning" not in err
 
 
 def test_a_file_that_is_not_there(capsys, tiny_models_dir):

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -19,13 +20,14 @@ import data
 import fused
 import gpt2
 import train
-from checkpoint import load_safetensors, nest, tensor_shapes
+import train_cli
+from checkpoint import flatten, load_safetensors, nest, save_params, save_safetensors, tensor_shapes
 from encoder import END_OF_TEXT, get_encoder
 from errors import UserError
 from optim import AdamW, global_norm, learning_rate_at
 from tests import gradients
 from tests.conftest import ROOT, need
-from tests.random_model import DATA, random_tensors
+from tests.random_model import DATA
 from utils import load_encoder_hparams_and_params
 
 SMALL = (
@@ -73,7 +75,7 @@ def mistake(result, *words):
     code, out, err = result
     assert (code, out) == (2, "")
     lines = [line for line in err.splitlines() if "error" in line]
-    assert len(lines) == 1 and "Traceback" not in err
+    assert len(lines) == 1 and lines[0] == err.splitlines()[-1] and "Warning" not in err
     for word in words:
         assert word in lines[0], lines[0]
 
@@ -106,6 +108,16 @@ def test_ten_steps_of_adamw_are_pytorchs(decays):
         assert abs(loss - expected.item()) < 1e-4
         np.testing.assert_allclose(norm, expected_norm, rtol=1e-4 if ours.step == 1 else 1e-2)
     assert loss < 4.5, "the loss must have moved for this to mean anything"
+
+
+def test_a_tensor_that_cannot_be_updated_in_place_is_refused():
+    with pytest.raises(ValueError, match=r"w; give np\.ascontiguousarray"):
+        AdamW({"w": np.ones((2, 3), np.float32).T})
+
+
+def test_the_largest_dropout_trains():
+    _, found = trainer(dropout=0.9999999).all_gradients(0)
+    assert all(np.all(np.isfinite(gradient)) for gradient in found.values())
 
 
 def test_the_update_reaches_all_of_a_tensor_larger_than_a_piece():
@@ -203,7 +215,7 @@ def test_the_model_kept_is_the_one_of_the_lowest_validation_loss(run, tmp_path):
     folder = tmp_path / "models" / "new"
     losses = [(line["val_loss"], line["step"]) for line in train.read_log(folder) if "val_loss" in line]
     _, hparams, params = load_encoder_hparams_and_params("new", str(tmp_path / "models"))
-    inputs, targets = data.even_windows(data.open_tokens(folder / "val.bin"), 8, 16)
+    inputs, targets = data.even_windows(data.open_tokens(folder / "val.bin", 300, 16), 8, 16)
     np.testing.assert_allclose(train.lm_loss(params, inputs, targets, hparams["n_head"]), min(losses)[0], rtol=1e-5)
     assert json.loads(load_safetensors(str(folder / train.STATE))[1]["state"])["best_step"] == min(losses)[1]
 
@@ -239,35 +251,44 @@ def test_training_uses_dropout(run, tmp_path):
     assert losses[0] != losses[1]
 
 
-def test_accumulated_batches_are_one_large_batch(text_file, tmp_path):
-    """The gradients of 2 batches of 4, and of shards of 3 and 1, are those of the 8 at once."""
+def trainer(**options):
+    """A Trainer of a small model, without a folder."""
     hparams = gradients.HPARAMS
-    tensors, (inputs, targets) = random_tensors(hparams), gradients.batch(hparams, (4, 16))
-    whole_loss, whole = train.loss_and_gradients(tensors, hparams, inputs, targets)
-    total = {}
-    losses = 0
-    for rows in (slice(0, 3), slice(3, 4)):
-        loss, found = train.loss_and_gradients(
-            tensors, hparams, inputs[rows], targets[rows], weight=len(inputs[rows]) / 4
-        )
-        losses += loss
-        total = {name: total.get(name, 0) + gradient for name, gradient in found.items()}
-    np.testing.assert_allclose(losses, whole_loss, rtol=1e-5)
-    for name in tensors:
-        assert gradients.relative_error(total[name], whole[name]) < 1e-4
+    ids = {"train": np.random.default_rng(0).integers(0, hparams["n_vocab"], 999, dtype=np.uint16)}
+    chosen = train_cli.PRESETS["3min"] | {"block_size": 16, "batch_size": 4, "threads": 1, "dropout": 0.0} | options
+    return train.Trainer(None, chosen, None, hparams, train.initial_tensors(hparams, 0), ids)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_shards_train_the_same_model_as_one(run, tmp_path, threads):
+def test_gradients_of_accumulated_batches_and_shards_are_those_of_all_windows_at_once(threads):
+    """3 batches of 4, in shards of 4, 2 + 2 or 2 + 1 + 1, against the 12 windows in one batch."""
+    of = trainer(gradient_accumulation_steps=3, threads=threads)
+    loss, found = of.all_gradients(step=7)
+    batches = [data.random_windows(of.data["train"], np.random.default_rng([1337, 7, i]), 4, 16) for i in range(3)]
+    inputs, targets = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    expected_loss, expected = gradients.torch_gradients(gradients.HPARAMS, of.tensors, inputs, targets)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    for name in found:
+        assert gradients.relative_error(found[name], expected[name]) < 1e-4, name
+
+
+def test_every_step_batch_and_shard_draws_anew(monkeypatch):
+    of = trainer(gradient_accumulation_steps=2, threads=2, dropout=0.5)
+    windows, masks, draw, mask = [], [], train.random_windows, fused.Dropout.mask
+    monkeypatch.setattr(train, "random_windows", lambda *args: windows.append(draw(*args)) or windows[-1])
+    monkeypatch.setattr(fused.Dropout, "mask", lambda self, shape: masks.append(mask(self, shape)) or masks[-1])
+    for step in (0, 1):
+        of.all_gradients(step)
+    assert len({inputs.tobytes() for inputs, _ in windows}) == 2 * 2
+    assert len({m.tobytes() for m in masks}) == len(masks) == 2 * 2 * 2 * (1 + 3 * gradients.HPARAMS["n_layer"])
+
+
+def test_shards_train_the_same_model_as_one(run, tmp_path):
     run("--max_iters 3 --dropout 0 --threads 1", name="one")
-    run(f"--max_iters 3 --dropout 0 --threads {threads}", name="shards")
+    run("--max_iters 3 --dropout 0 --threads 3", name="shards")
     one, shards = (tensors_of(tmp_path / "models" / name / "model.safetensors") for name in ("one", "shards"))
     for name in one:
         np.testing.assert_allclose(one[name], shards[name], rtol=1e-3, atol=1e-4)
-
-
-def test_accumulation_steps(run, tmp_path):
-    assert run("--max_iters 2 --gradient_accumulation_steps 3")[0] == 0
 
 
 # Resuming
@@ -325,10 +346,10 @@ def start(tmp_path, text_file, *options, **popen):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, text_file):
     process = start(tmp_path, text_file, *SMALL.split(), "--max_iters", "1000000", "--eval_interval", "1000000")
-    while "step 0:" not in process.stderr.readline():
-        pass
+    while "step 0:" not in (line := process.stderr.readline()):
+        assert line, "it ended before its first evaluation"
     while not (tmp_path / "new" / "log.jsonl").read_text(encoding="utf-8").count("tokens_per_second"):
-        pass
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
@@ -343,20 +364,39 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, text_file):
 
 
 def test_on_a_full_disk_the_old_checkpoint_survives(tmp_path, text_file):
-    """A limit on the size of files stands for the full disk: all but the first state are beyond it."""
+    """A limit on the size of files stands for the full disk."""
     process = start(tmp_path, text_file, *SMALL.split(), "--max_iters", "4", "--eval_interval", "2")
     assert process.communicate(timeout=60) and process.returncode == 0
     before = {name: (tmp_path / "new" / name).read_bytes() for name in WEIGHTS}
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    for n_bytes in (20_000, 40_000):  # model.safetensors, of 49 kB, is written first if it is the best so far
 
-    process = start(tmp_path, text_file, "--resume", "--max_iters", "8", preexec_fn=limit)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (2, "") and "cannot write" in err and "make room" in err
-    assert {name: (tmp_path / "new" / name).read_bytes() for name in WEIGHTS} == before
+        def limit(n_bytes=n_bytes):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+
+        process = start(tmp_path, text_file, "--resume", "--max_iters", "8", preexec_fn=limit)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (2, "") and "cannot write" in err and "make room" in err
+        assert {name: (tmp_path / "new" / name).read_bytes() for name in WEIGHTS} == before
     process = start(tmp_path, text_file, "--resume", "--max_iters", "8")
     assert process.communicate(timeout=60) and process.returncode == 0
+
+
+def test_a_state_that_cannot_be_written_leaves_the_old_one(run, tmp_path, monkeypatch):
+    import errno
+
+    run("--max_iters 2")
+    before = (tmp_path / "models" / "new" / train.STATE).read_bytes()
+
+    def full(path, *_):
+        with train.replacing(path) as f:
+            f.write(b"the first few bytes")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(train, "save_safetensors", full)
+    mistake(run("--resume --max_iters 4", small="", dataset=None), "cannot write", train.STATE, "No space left")
+    assert (tmp_path / "models" / "new" / train.STATE).read_bytes() == before
+    assert not list((tmp_path / "models" / "new").glob("*.tmp"))
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_what_was_good(run, tmp_path):
@@ -366,6 +406,26 @@ def test_a_loss_that_is_no_number_stops_and_keeps_what_was_good(run, tmp_path):
     kept = tensors_of(folder / train.STATE)
     assert all(np.all(np.isfinite(tensor)) for tensor in kept.values())
     assert run("--resume --learning_rate 1e-3 --max_iters 7", small="", dataset=None)[0] == 0
+
+
+@pytest.mark.parametrize("options", ["--learning_rate 1e300", "--learning_rate 1e9 --weight_decay 0 --grad_clip 0"])
+def test_a_divergence_is_one_line_that_names_what_is_not_finite(tmp_path, text_file, options):
+    process = start(tmp_path, text_file, *SMALL.split(), "--max_iters", "90", *options.split())
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "") and "Warning" not in err and "Traceback" not in err
+    assert re.search(
+        r"training diverged: the [\w/ ]+ is -?(nan|inf) at step \d+\. .* keeps step \d+;", err.splitlines()[-1]
+    )
+
+
+def test_a_model_of_nans_is_not_fine_tuned(run, tmp_path, tiny_models_dir, tiny):
+    _, hparams, params = tiny
+    folder = shutil.copytree(tiny_models_dir / "tiny", tmp_path / "models" / "tiny")
+    params = params | {"wpe": np.full_like(params["wpe"], np.nan)}
+    save_params(str(folder), params, hparams)
+    result = run("--init_from tiny --block_size 32", small="")
+    mistake(result, "before the first step", "tiny are not sound")
+    assert "--resume" not in result[2]
 
 
 # Fine-tuning
@@ -411,8 +471,6 @@ def test_ten_steps_from_openais_weights_are_llm_cs(options, clip, expected):
     """llm.c's test_gpt2.c and test_gpt2.cu: the first 257 tokens of its tinyshakespeare validation set, as 4 x 64."""
     need(ROOT / "models" / "124M" / "model.safetensors")
     text = need(DATA / "tinyshakespeare.txt").read_text(encoding="utf-8")
-    from checkpoint import flatten
-
     encoder, hparams, params = load_encoder_hparams_and_params("124M", str(ROOT / "models"))
     ids = np.array(data.encode_splits(text, encoder, "sections")[1][:257])
     inputs, targets = ids[:-1].reshape(4, 64), ids[1:].reshape(4, 64)
@@ -445,6 +503,7 @@ def test_a_data_file_that_is_not_there(run, tmp_path):
         (b"too short a text\n", ["--block_size 16", "take a longer text"]),
         (b"x", ["0 tokens", "take a longer text"]),
         (b"abc" * 100 + b"\xff", ["not UTF-8", "0xff at position 300"]),
+        (b"\xef\xbb\xbfabc\xfe", ["not UTF-8", "0xfe at position 3"]),
     ],
 )
 def test_a_data_file_that_cannot_be_trained_on(run, tmp_path, content, words):
@@ -468,12 +527,19 @@ def test_a_block_beyond_the_context_of_the_model(run, tmp_path, tiny_models_dir)
     mistake(run("--init_from tiny --block_size 129", small=""), "--block_size 129", "context of 128")
 
 
-def test_a_name_that_exists(run, tmp_path):
+def refuse(*_):
+    raise UserError("no room")
+
+
+def test_a_name_that_exists(run, tmp_path, monkeypatch):
     run("--max_iters 2")
     before = {path.name: path.read_bytes() for path in (tmp_path / "models" / "new").iterdir()}
     mistake(run("--max_iters 2"), "new exists", "--resume", "--overwrite")
     mistake(run("--max_iters 2 --overwrite", dataset=tmp_path / "no.txt"), "no data file")
     mistake(run("--max_iters 2 --overwrite", dataset=write(tmp_path / "short.txt", b"short")), "longer text")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_cli, "check_space", refuse)
+        mistake(run("--max_iters 2 --overwrite"), "no room")
     assert {path.name: path.read_bytes() for path in (tmp_path / "models" / "new").iterdir()} == before
     assert run("--max_iters 3 --overwrite --n_layer 1")[0] == 0
     assert len(train.read_log(tmp_path / "models" / "new")) == 2
@@ -496,11 +562,40 @@ def test_resuming_what_was_never_trained(run, tmp_path, tiny_models_dir):
     mistake(run("--resume", name="tiny", dataset=None), "to resume from")
 
 
-def test_resuming_from_a_damaged_state(run, tmp_path):
+def damage_options(folder):
+    tensors, metadata = load_safetensors(str(folder / train.STATE))
+    save_safetensors(str(folder / train.STATE), tensors_of(folder / train.STATE), {"state": metadata["state"]})
+    return len(tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (train.STATE, lambda path: path.write_bytes(path.read_bytes()[:-100])),
+        (train.STATE, lambda path: shutil.copy(path.parent / "model.safetensors", path)),
+        (train.STATE, lambda path: damage_options(path.parent)),
+        (train.STATE, lambda path: write(path.parent / "hparams.json", shape_of(path.parent, n_layer=1))),
+        ("train.bin", lambda path: path.write_bytes(b"")),
+        ("train.bin", lambda path: path.write_bytes(path.read_bytes()[:20])),
+        ("val.bin", lambda path: path.write_bytes(path.read_bytes()[:-1])),
+        ("val.bin", lambda path: path.write_bytes(b"\xff\xff" * 100)),
+    ],
+)
+def test_resuming_from_damaged_files(run, tmp_path, name, damage):
     run("--max_iters 2")
-    path = tmp_path / "models" / "new" / train.STATE
-    path.write_bytes(path.read_bytes()[:-100])
-    mistake(run("--resume", small="", dataset=None), "corrupt")
+    damage(tmp_path / "models" / "new" / name)
+    mistake(run("--resume", small="", dataset=None), name, "is corrupt")
+
+
+def shape_of(folder, **changed):
+    return json.dumps(json.loads((folder / "hparams.json").read_text(encoding="utf-8")) | changed).encode()
+
+
+def test_a_damaged_log_does_not_matter(run, tmp_path):
+    run("--max_iters 2")
+    write(tmp_path / "models" / "new" / "log.jsonl", b'{"step": 0}\n{"step": oh}\n')
+    assert run("--resume --max_iters 3", small="", dataset=None)[0] == 0
+    assert [line["step"] for line in train.read_log(tmp_path / "models" / "new")] == [0, 3]
 
 
 @pytest.mark.parametrize(
@@ -518,7 +613,8 @@ def test_resuming_from_a_damaged_state(run, tmp_path):
         ("--preset 2min", ["--preset", "3min"]),
         ("--preset finetune", ["--preset finetune", "--init_from"]),
         ("--resume --overwrite", ["--resume", "--overwrite"]),
-        ("--batch_sise 4", ["--batch_sise"]),
+        ("--batch_sise 4", ["--batch_sise 4; see"]),
+        ("--tokenizer bytes", ["--vocab_size", "bytes"]),
         ("--init_from nothing-there", ["--n_layer", "nothing-there"]),
     ],
 )
@@ -659,9 +755,9 @@ def test_windows():
 
 
 def test_bytes_and_gpt2s_own_tokenizer(run, tmp_path, monkeypatch):
-    assert run("--max_iters 1 --tokenizer bytes")[0] == 0
+    assert run("--max_iters 1 --tokenizer bytes", small=SMALL.replace("--vocab_size 300", ""))[0] == 0
     assert load_encoder_hparams_and_params("new", str(tmp_path / "models"))[1]["n_vocab"] == 256
     shutil.copytree(need(DATA / "gpt2"), tmp_path / "models" / "124M")
-    assert run("--max_iters 1 --tokenizer gpt2", name="wide")[0] == 0
+    assert run("--max_iters 1 --tokenizer gpt2", name="wide", small=SMALL.replace("--vocab_size 300", ""))[0] == 0
     encoder, hparams, _ = load_encoder_hparams_and_params("wide", str(tmp_path / "models"))
     assert hparams["n_vocab"] == 50257 and encoder.encode("zjqfl") == [89, 73, 80, 2704]
