@@ -1,7 +1,7 @@
 """Trains GPT-2 in NumPy, from scratch or from a model that is there: python train.py --help
 
-The forward pass is gpt2.py's. The batch is cut into as many shards as there are cores; each goes through the model and
-back in a thread of its own, since NumPy's operations, unlike its matrix products, use one core each.
+The forward pass is gpt2.py's. A large batch is cut into as many shards as there are cores; each goes through the model
+and back in a thread of its own, since NumPy's operations, unlike its matrix products, use one core each.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ from optim import AdamW, global_norm, learning_rate_at
 from sampling import make_sampler
 
 LOG_INTERVAL, SAMPLE_TOKENS = 10, 100  # steps, tokens
+SHARD_TOKENS = 256  # at least so many in a shard: below, adding up the gradients of two costs more than two save
 # step: updates made so far; evaluated_step, saved_step: the last step after which that was done, -1 for none
 NEW_STATE = {"step": 0, "evaluated_step": -1, "saved_step": -1, "seconds": 0.0, "best_loss": math.inf}
 LOG, PICTURE, STATE = "log.jsonl", "loss.png", "training.safetensors"
@@ -76,7 +77,8 @@ class Trainer:
         self.state = NEW_STATE | (state or {})
         names = ("beta1", "beta2", "weight_decay")
         self.optimizer = AdamW(tensors, **{name: options[name] for name in names})
-        self.n_shards = min(options["threads"], options["batch_size"])
+        batch_tokens = options["batch_size"] * options["block_size"]
+        self.n_shards = max(1, min(options["threads"], options["batch_size"], batch_tokens // SHARD_TOKENS))
         self.models = [fused.training_model(options["dropout"]) for _ in range(self.n_shards)]
         self.eval_model = fused.training_model()
         quiet = {"over": "ignore", "invalid": "ignore", "divide": "ignore"}  # check_finite looks at what comes of it

@@ -260,9 +260,11 @@ def trainer(**options):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_gradients_of_accumulated_batches_and_shards_are_those_of_all_windows_at_once(threads):
+def test_gradients_of_accumulated_batches_and_shards_are_those_of_all_windows_at_once(threads, monkeypatch):
     """3 batches of 4, in shards of 4, 2 + 2 or 2 + 1 + 1, against the 12 windows in one batch."""
+    monkeypatch.setattr(train, "SHARD_TOKENS", 1)
     of = trainer(gradient_accumulation_steps=3, threads=threads)
+    assert of.n_shards == threads
     loss, found = of.all_gradients(step=7)
     batches = [data.random_windows(of.data["train"], np.random.default_rng([1337, 7, i]), 4, 16) for i in range(3)]
     inputs, targets = (np.concatenate(parts) for parts in zip(*batches, strict=True))
@@ -273,6 +275,7 @@ def test_gradients_of_accumulated_batches_and_shards_are_those_of_all_windows_at
 
 
 def test_every_step_batch_and_shard_draws_anew(monkeypatch):
+    monkeypatch.setattr(train, "SHARD_TOKENS", 1)
     of = trainer(gradient_accumulation_steps=2, threads=2, dropout=0.5)
     windows, masks, draw, mask = [], [], train.random_windows, fused.Dropout.mask
     monkeypatch.setattr(train, "random_windows", lambda *args: windows.append(draw(*args)) or windows[-1])
@@ -283,7 +286,13 @@ def test_every_step_batch_and_shard_draws_anew(monkeypatch):
     assert len({m.tobytes() for m in masks}) == len(masks) == 2 * 2 * 2 * (1 + 3 * gradients.HPARAMS["n_layer"])
 
 
-def test_shards_train_the_same_model_as_one(run, tmp_path):
+@pytest.mark.parametrize(("batch_size", "expected"), [(1, 1), (3, 1), (4, 2), (5, 2), (6, 3), (64, 3)])
+def test_small_batches_are_cut_into_fewer_shards(batch_size, expected):
+    assert trainer(threads=3, block_size=128, batch_size=batch_size).n_shards == expected
+
+
+def test_shards_train_the_same_model_as_one(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SHARD_TOKENS", 1)
     run("--max_iters 3 --dropout 0 --threads 1", name="one")
     run("--max_iters 3 --dropout 0 --threads 3", name="shards")
     one, shards = (tensors_of(tmp_path / "models" / name / "model.safetensors") for name in ("one", "shards"))
@@ -294,8 +303,9 @@ def test_shards_train_the_same_model_as_one(run, tmp_path):
 # Resuming
 
 
-def test_ten_steps_are_five_and_five_more_bit_for_bit(run, tmp_path):
-    """Weights, moments and the log; with dropout, accumulation and clipping."""
+def test_ten_steps_are_five_and_five_more_bit_for_bit(run, tmp_path, monkeypatch):
+    """Weights, moments and the log; with dropout, accumulation, shards and clipping."""
+    monkeypatch.setattr(train, "SHARD_TOKENS", 1)
     options = "--eval_interval 4 --dropout 0.2 --gradient_accumulation_steps 2 --grad_clip 0.5 --lr_decay_iters 10"
     run(f"--max_iters 10 {options}", name="whole")
     run(f"--max_iters 5 {options}", name="parts")
