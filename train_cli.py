@@ -46,7 +46,8 @@ SCRATCH = COMMON | {
     "warmup_iters": 100,
 }
 PRESETS = {
-    "3min": SCRATCH | {"n_layer": 4, "n_head": 4, "n_embd": 128, "dropout": 0.1, "max_iters": 1000},
+    "3min": SCRATCH
+    | {"n_layer": 4, "n_head": 4, "n_embd": 128, "learning_rate": 4e-3, "dropout": 0.0, "max_iters": 1000},
     "1h": SCRATCH | {"n_layer": 6, "n_head": 6, "n_embd": 192, "dropout": 0.2, "max_iters": 7000},
     "finetune": COMMON
     | {"block_size": 256, "batch_size": 4, "learning_rate": 5e-5, "warmup_iters": 10, "dropout": 0.1, "max_iters": 200}
