@@ -348,10 +348,10 @@ def test_resuming_what_is_finished_changes_nothing(run, tmp_path):
     assert_same_files(tmp_path / "before", tmp_path / "models" / "new")
 
 
-def start(tmp_path, text_file, *options, **popen):
+def start(tmp_path, text_file, *options):
     command = [sys.executable, str(ROOT / "train.py"), "--name", "new", "--models_dir", str(tmp_path), *options]
     command += ["--dataset", str(text_file)] if "--resume" not in options else []
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, **popen)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, text_file):
@@ -380,11 +380,8 @@ def test_on_a_full_disk_the_old_checkpoint_survives(tmp_path, text_file):
     before = {name: (tmp_path / "new" / name).read_bytes() for name in WEIGHTS}
 
     for n_bytes in (20_000, 40_000):  # model.safetensors, of 49 kB, is written first if it is the best so far
-
-        def limit(n_bytes=n_bytes):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
-
-        process = start(tmp_path, text_file, "--resume", "--max_iters", "8", preexec_fn=limit)
+        process = start(tmp_path, text_file, "--resume", "--max_iters", "8")
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out) == (2, "") and "cannot write" in err and "make room" in err
         assert {name: (tmp_path / "new" / name).read_bytes() for name in WEIGHTS} == before
@@ -707,12 +704,15 @@ def test_tinyshakespeare_is_downloaded_once(tmp_path, monkeypatch):
     assert fetched == [data.TINYSHAKESPEARE]
 
 
-def test_without_a_network_a_copy_of_tinyshakespeare_will_do(run, monkeypatch):
+def test_without_a_network_a_copy_of_tinyshakespeare_will_do(run, tmp_path, monkeypatch):
     import download
 
     monkeypatch.setattr(download, "BACK_OFF", 0)
     monkeypatch.setattr(data, "TINYSHAKESPEARE", ("http://127.0.0.1:9/input.txt", *data.TINYSHAKESPEARE[1:]))
-    mistake(run(dataset="tinyshakespeare"), "cannot fetch http://127.0.0.1:9", "give --dataset the path of a copy")
+    options = f"--data_dir {tmp_path / 'data'}"
+    mistake(
+        run(options, dataset="tinyshakespeare"), "cannot fetch http://127.0.0.1:9", "give --dataset the path of a copy"
+    )
 
 
 @pytest.mark.parametrize("vocab_size", [256, 257, 400])
