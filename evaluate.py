@@ -63,7 +63,7 @@ def make_parser():
     parser = Parser(prog="evaluate.py", description="Loss and perplexity of a text under a model.", allow_abbrev=False)
     add = parser.add_argument
     add("dataset", metavar="FILE", help="a UTF-8 text file, or tinyshakespeare, which is downloaded")
-    add("--split", choices=["all", "train", "val"], default="all", help="val: the last tenth, as train.py holds out")
+    add("--split", choices=["all", "train", "val"], default="all", help="val: the last tenth, which train.py holds out")
     add("--model_size", default="124M", help="the model, as for gpt2.py (default 124M)")
     add("--context", type=positive_number, metavar="N", help="tokens a window holds (default: the model's context)")
     add("--stride", type=positive_number, metavar="N", help="tokens from window to window (default: half the context)")
