@@ -28,15 +28,15 @@ def read_dataset(dataset, data_dir):
 
     Raises UserError when there is no such file, or it is empty or not UTF-8.
     """
-    path = dataset
+    path, data_dir = os.path.expanduser(dataset), os.path.expanduser(data_dir)
     if dataset == "tinyshakespeare" and not os.path.exists(dataset):
         path = os.path.join(data_dir, "tinyshakespeare.txt")
         if not os.path.exists(path):
             os.makedirs(data_dir, exist_ok=True)
             print(f"downloading {TINYSHAKESPEARE[0]} to {path}", file=sys.stderr, flush=True)
-            download_file(*TINYSHAKESPEARE[:1], path, *TINYSHAKESPEARE[1:], "give --dataset the path of a copy")
+            download_file(*TINYSHAKESPEARE[:1], path, *TINYSHAKESPEARE[1:], "give the path of a copy instead")
     if not os.path.isfile(path):
-        raise UserError(f"no data file {path!r}; --dataset takes the path of a text file, or tinyshakespeare")
+        raise UserError(f"no data file {path!r}; give the path of a text file, or tinyshakespeare")
     with open(path, "rb") as f:
         data = f.read().removeprefix(codecs.BOM_UTF8)
     try:
@@ -45,7 +45,7 @@ def read_dataset(dataset, data_dir):
         what = f"byte 0x{data[error.start]:02x} at position {error.start}"
         raise UserError(f"{path} is not UTF-8 ({what}); convert it, with iconv for example") from None
     if not text:
-        raise UserError(f"{path} is empty; there is nothing to learn in it")
+        raise UserError(f"{path} is empty; give the path of another text file")
     return text
 
 
@@ -70,6 +70,8 @@ def encode_splits(text, encoder, layout):
     if layout == "plain":
         train, val = split_text(text)
         return encoder.encode(train), encoder.encode(val), len(val)
+    if len(sections(text)) == 1:
+        raise UserError("the text has no blank line (two line feeds) to cut it into sections at; take --layout plain")
     ids = [i for part in sections(text) for i in (encoder.encoder[END_OF_TEXT], *encoder.encode(part))]
     n_val = min(LLM_C_VALIDATION, len(ids) // 10)
     return ids[n_val:], ids[:n_val], len(encoder.decode(i for i in ids[:n_val] if i != encoder.encoder[END_OF_TEXT]))
@@ -109,11 +111,11 @@ def save_tokens(path, ids):
         f.write(np.asarray(ids, "<u2").tobytes())
 
 
-def open_tokens(path, n_vocab, block_size):
-    """The ids of a file as a memory-mapped array of uint16; raises CorruptFile where it cannot be trained on."""
-    n_bytes = os.path.getsize(path)
-    if n_bytes % 2 or n_bytes <= 2 * block_size:
-        raise CorruptFile(path, f"{n_bytes} bytes, no ids of 16 bits for blocks of {block_size}")
+def open_tokens(path, n_vocab, n_tokens):
+    """The n_tokens ids of a file, below n_vocab, as a memory-mapped array; raises CorruptFile where they are not."""
+    found = os.path.getsize(path) if os.path.exists(path) else 0
+    if found != 2 * n_tokens:
+        raise CorruptFile(path, f"{found} bytes, not the {2 * n_tokens} of {n_tokens} ids")
     ids = np.memmap(path, "<u2", mode="r")
     if (largest := int(ids.max())) >= n_vocab:
         raise CorruptFile(path, f"id {largest}, in a vocabulary of {n_vocab}")

@@ -186,8 +186,9 @@ def read_merges(path):
 
 
 def save_encoder(encoder, model_dir):
-    """Writes encoder.json and vocab.bpe, from which get_encoder makes the same Encoder."""
-    with replacing(os.path.join(model_dir, "encoder.json")) as f:
-        f.write(json.dumps(encoder.encoder).encode("utf-8"))
-    with replacing(os.path.join(model_dir, "vocab.bpe")) as f:
-        f.write("\n".join(["#version: 0.2", *encoder.ranks, ""]).encode("utf-8"))
+    """Writes the vocabulary and the merges under OpenAI's names, for get_encoder, and under Hugging Face's."""
+    for vocabulary, merges in LAYOUTS[:2]:
+        with replacing(os.path.join(model_dir, vocabulary)) as f:
+            f.write(json.dumps(encoder.encoder).encode("utf-8"))
+        with replacing(os.path.join(model_dir, merges)) as f:
+            f.write("\n".join(["#version: 0.2", *encoder.ranks, ""]).encode("utf-8"))

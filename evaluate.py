@@ -26,7 +26,7 @@ from data import read_dataset, split_text
 from errors import UserError
 from utils import load_encoder_hparams_and_params
 
-LOGITS_AT_ONCE = 2**25  # windows go through the model together until their logits are about this many
+LOGITS_AT_ONCE = 2**22  # windows go through the model together until their logits are about this many
 
 
 def windows(n_inputs, context, stride):
@@ -56,14 +56,24 @@ def total_loss(ids, params, n_head, context, stride, threads=1):
 
     batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
     with ThreadPoolExecutor(threads) as pool, threadpool_limits(1 if len(batches) > 1 else threads):
-        return sum(tqdm(pool.map(batch_loss, batches), total=len(batches), unit="batch", disable=None, leave=False))
+        try:
+            return sum(tqdm(pool.map(batch_loss, batches), total=len(batches), unit="batch", disable=None, leave=False))
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)  # leaving would wait for all of them
+            raise
 
 
 def make_parser():
     parser = Parser(prog="evaluate.py", description="Loss and perplexity of a text under a model.", allow_abbrev=False)
+    parser.hint = " (the model goes after --model_size)"
     add = parser.add_argument
     add("dataset", metavar="FILE", help="a UTF-8 text file, or tinyshakespeare, which is downloaded")
-    add("--split", choices=["all", "train", "val"], default="all", help="val: the last tenth, which train.py holds out")
+    add(
+        "--split",
+        choices=["all", "train", "val"],
+        default="all",
+        help="val: the last tenth, held out by train.py (--layout plain)",
+    )
     add("--model_size", default="124M", help="the model, as for gpt2.py (default 124M)")
     add("--context", type=positive_number, metavar="N", help="tokens a window holds (default: the model's context)")
     add("--stride", type=positive_number, metavar="N", help="tokens from window to window (default: half the context)")

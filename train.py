@@ -114,7 +114,7 @@ class Trainer:
         def handler(*_):
             self.interrupted = True
             signal.signal(signal.SIGINT, before)
-            self.say("stopping when this step is done; Ctrl-C again stops at once, without saving")
+            self.say("stopping when this step is done; Ctrl-C again stops without saving")
 
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -126,6 +126,12 @@ class Trainer:
             signal.signal(signal.SIGINT, before)
 
     # One step
+
+    def try_a_step(self):
+        """The way through the model and back, without the update: raises what a first step would raise."""
+        with threadpool_limits(max(1, self.options["threads"] // self.n_shards)):
+            loss, gradients = self.all_gradients(step=0)
+            self.check_finite({"loss": loss, "norm of the gradients": global_norm(gradients, self.pool.map)})
 
     def train_step(self):
         """One update of every tensor; returns the loss before it, the learning rate and the norm of the gradients."""
@@ -228,7 +234,8 @@ class Trainer:
         n = min(SAMPLE_TOKENS, self.hparams["n_ctx"] - len(start))
         choose = make_sampler(temperature=0.8, top_k=40, top_p=1.0, seed=self.options["seed"])
         ids = gpt2.generate(start, self.params, self.hparams["n_head"], n, sample=choose)
-        return "\n".join("    | " + line for line in self.encoder.decode(ids).split("\n"))
+        text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in self.encoder.decode(ids))
+        return "\n".join("    | " + line for line in text.split("\n"))
 
     def log_step(self, figures, seconds):
         """The bar at each step, a line of the log every LOG_INTERVAL steps."""
@@ -302,11 +309,11 @@ def read_log(model_dir, last_step=math.inf):
     """The lines of the log up to a step, as dicts, less those that a run which was killed did not finish writing."""
     path, lines = os.path.join(model_dir, LOG), []
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8", errors="replace") as f:
             for line in f:
                 with contextlib.suppress(ValueError):
                     lines.append(json.loads(line))
-    return [line for line in lines if line["step"] <= last_step]
+    return [line for line in lines if isinstance(line, dict) and line.get("step", math.inf) <= last_step]
 
 
 def main(argv=None):

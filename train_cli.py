@@ -126,6 +126,7 @@ def make_parser():
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    parser.hint = " (a text goes after --dataset, the new model's name after --name)"
     add = parser.add_argument
     add("--name", required=True, type=new_name, help="the model made: a folder under models_dir")
     add("--dataset", metavar="FILE", help="a UTF-8 text file, or tinyshakespeare, which is downloaded")
@@ -169,19 +170,23 @@ def train(given):
         raise UserError("give --resume or --overwrite, not both: one goes on with the model, one begins anew")
     can_resume = os.path.exists(os.path.join(model_dir, STATE))
     if resume and not can_resume:
-        raise UserError(f"{model_dir} has no {STATE} to resume from; leave out --resume")
-    if not (resume or overwrite) and os.path.isdir(model_dir) and set(os.listdir(model_dir)) - {".lock"}:
+        raise UserError(explain_nothing_to_resume(model_dir, given["name"]))
+    if not (resume or overwrite) and os.path.exists(model_dir):
         way_on = "--resume goes on with it, " if can_resume else ""
         raise UserError(f"{model_dir} exists; {way_on}--overwrite replaces it, or choose another --name")
     prepare = resumed_trainer if resume else new_trainer
-    try:
-        with locked(model_dir):
-            trainer = prepare(model_dir, given)
-            finished = trainer.run()
-    finally:
-        with contextlib.suppress(OSError):
-            os.rmdir(model_dir)  # if nothing came of it
+    with locked(model_dir):
+        trainer = prepare(model_dir, given)
+        finished = trainer.run()
     return report(trainer, finished)
+
+
+def explain_nothing_to_resume(model_dir, name):
+    if not os.path.exists(os.path.join(model_dir, "model.safetensors")):
+        return f"there is no training to resume in {model_dir}; check --name, or leave out --resume to start one"
+    return (
+        f"{model_dir} has no {STATE} to resume from; --init_from {name} with another --name trains its weights further"
+    )
 
 
 def report(trainer, finished):
@@ -204,15 +209,16 @@ def report(trainer, finished):
 
 @contextlib.contextmanager
 def locked(model_dir):
-    """The folder, made if need be, while no other process trains in it."""
+    """While no other process trains in the folder, which need not be there yet."""
+    models_dir, name = os.path.split(model_dir)
     try:
-        os.makedirs(model_dir, exist_ok=True)
-        lock = FileLock(os.path.join(model_dir, ".lock"))
+        os.makedirs(models_dir, exist_ok=True)
+        lock = FileLock(os.path.join(models_dir, f".{name}.lock"))
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"another process is training {model_dir}; wait for it, or choose another --name") from None
     except OSError as error:
-        raise UserError(f"cannot write to {model_dir} ({error.strerror}); choose another --models_dir") from None
+        raise UserError(f"cannot write {model_dir} ({error.strerror}); choose another --name or --models_dir") from None
     try:
         yield
     finally:
@@ -225,7 +231,7 @@ def locked(model_dir):
 
 
 def new_trainer(model_dir, given):
-    """Reads, checks and makes everything before anything is written or replaced."""
+    """Reads, checks and makes everything, and goes once through the model and back, before anything is replaced."""
     options = resolve(given)
     text = read_dataset(options["dataset"], options["data_dir"])
     if options["init_from"] == "scratch":
@@ -234,6 +240,8 @@ def new_trainer(model_dir, given):
         hparams = {"n_vocab": len(encoder.encoder), "n_ctx": options["block_size"]} | shape
     else:
         encoder, hparams, params = load_encoder_hparams_and_params(options["init_from"], options["models_dir"])
+        if "block_size" not in given:
+            options["block_size"] = min(options["block_size"], hparams["n_ctx"])
         check_fine_tuning(options, encoder, hparams)
     train_ids, val_ids, val_chars = encode_splits(text, encoder, options["layout"])
     check_length(options, train_ids, val_ids)
@@ -242,19 +250,21 @@ def new_trainer(model_dir, given):
     else:
         tensors = {name: np.array(tensor) for name, tensor in flatten(params, hparams).items()}  # to be written to
     data = {"train": np.array(train_ids, np.uint16), "val": np.array(val_ids, np.uint16)}
-    state = {"val_chars_per_token": val_chars / len(val_ids)}
+    state = {"val_chars_per_token": val_chars / len(val_ids), "tokens": {"train": len(train_ids), "val": len(val_ids)}}
     trainer = Trainer(model_dir, options, encoder, hparams, tensors, data, state)
     n_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    check_space(os.path.join(model_dir, STATE), 8 * n_bytes)  # weights, moments and the best weights, old and new
-    begin_folder(trainer)
+    check_space(model_dir, 8 * n_bytes)  # weights, moments and the best weights, old and new
     announce(options, hparams, n_bytes // 4, len(train_ids), len(val_ids))
+    trainer.try_a_step()
+    begin_folder(trainer)
     return trainer
 
 
 def begin_folder(trainer):
     """Takes away what was trained there before, and puts down all that does not change any more."""
     model_dir = trainer.model_dir
-    for name in (STATE, LOG, PICTURE, "model.safetensors", "config.json"):
+    os.makedirs(model_dir, exist_ok=True)
+    for name in (STATE, LOG, PICTURE, "model.safetensors", "config.json", "tokenizer.json"):
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(model_dir, name))
     with replacing(os.path.join(model_dir, "hparams.json")) as f:
@@ -262,12 +272,12 @@ def begin_folder(trainer):
     save_encoder(trainer.encoder, model_dir)
     for split, ids in trainer.data.items():
         save_tokens(os.path.join(model_dir, f"{split}.bin"), ids)
-    trainer.data = open_data(model_dir, trainer.hparams, trainer.options)
+    trainer.data = open_data(model_dir, trainer.hparams, trainer.state)
 
 
-def open_data(model_dir, hparams, options):
+def open_data(model_dir, hparams, state):
     paths = {split: os.path.join(model_dir, f"{split}.bin") for split in ("train", "val")}
-    return {split: open_tokens(path, hparams["n_vocab"], options["block_size"]) for split, path in paths.items()}
+    return {split: open_tokens(path, hparams["n_vocab"], state["tokens"][split]) for split, path in paths.items()}
 
 
 def resolve(given):
@@ -286,7 +296,9 @@ def resolve(given):
     if "vocab_size" in given and options["tokenizer"] != "bpe":
         raise UserError(f"--vocab_size is for --tokenizer bpe; {options['tokenizer']} has its own, so leave it out")
     if not fine_tunes and options["n_embd"] % options["n_head"]:
-        raise UserError(f"--n_embd {options['n_embd']} is not a multiple of --n_head {options['n_head']}")
+        n_embd, n_head = options["n_embd"], options["n_head"]
+        nearest = n_head * max(1, round(n_embd / n_head))
+        raise UserError(f"--n_embd {n_embd} is not a multiple of --n_head {n_head}; --n_embd {nearest} is")
     return options
 
 
@@ -347,13 +359,20 @@ def resumed_trainer(model_dir, given):
                 f"--{name} {given[name]} is not what {model_dir} is trained with ({before.get(name)}); leave it out, "
                 "or start another --name"
             )
-    given.pop("preset", None)
+    if "preset" in given:
+        raise UserError(f"--preset is for new models; leave it out, {model_dir} keeps its options")
     options, hparams = before | given, load_hparams(model_dir)
+    if options["max_iters"] < state["step"]:
+        raise UserError(
+            f"{model_dir} is at step {state['step']}; --max_iters {options['max_iters']} lies behind it, set more"
+        )
+    if not os.path.exists(os.path.join(model_dir, "model.safetensors")):
+        state |= {"best_loss": math.inf, "evaluated_step": -1}  # it is written again
     shapes = {f"{part}/{name}": shape for part in "wmv" for name, shape in tensor_shapes(**hparams).items()}
     if {name: tensor.shape for name, tensor in saved.items()} != shapes:
         raise CorruptFile(path, "its tensors are not those of hparams.json")
     tensors = {name: np.array(saved[f"w/{name}"]) for name in tensor_shapes(**hparams)}
-    encoder, data = get_encoder(given["name"], given["models_dir"]), open_data(model_dir, hparams, options)
+    encoder, data = get_encoder(given["name"], given["models_dir"]), open_data(model_dir, hparams, state)
     trainer = Trainer(model_dir, options, encoder, hparams, tensors, data, state)
     trainer.load_moments(saved)
     lines = read_log(model_dir, state["step"])  # those of later steps are written again

@@ -171,12 +171,13 @@ def test_the_bundled_model_is_as_good_as_its_card_says():
 
 
 def test_the_bundled_model_is_small_and_transformers_load_it():
-    from transformers import GPT2LMHeadModel
+    from transformers import AutoTokenizer, GPT2LMHeadModel
 
-    names = "model.safetensors config.json hparams.json encoder.json vocab.bpe README.md log.jsonl loss.png"
+    names = "model.safetensors config.json hparams.json encoder.json vocab.bpe vocab.json merges.txt README.md log.jsonl loss.png"
     assert sum((SHAKESPEARE / name).stat().st_size for name in names.split()) < 12_000_000
     encoder, hparams, params = load_encoder_hparams_and_params("shakespeare", str(ROOT / "models"))
     ids = encoder.encode("ROMEO:\nBut soft, what light")
+    assert AutoTokenizer.from_pretrained(SHAKESPEARE).encode("ROMEO:\nBut soft, what light") == ids
     with torch.no_grad():
         theirs = GPT2LMHeadModel.from_pretrained(SHAKESPEARE)(torch.tensor([ids])).logits[0].numpy()
     np.testing.assert_allclose(gpt2.gpt2(ids, **params, n_head=hparams["n_head"]), theirs, rtol=1e-4, atol=1e-4)
@@ -190,3 +191,11 @@ def test_the_sample_shown_is_what_the_program_prints(path, capsys):
     ).groups()
     assert cli.run([*shlex.split(command), "--models_dir", str(ROOT / "models")]) == 0
     assert capsys.readouterr().out == rest
+
+
+def test_the_training_snippet_of_the_readme_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    snippet = re.search(r"```python\n(from autograd(?:.|\n)*?)```", (ROOT / "README.md").read_text(encoding="utf-8"))[1]
+    exec(snippet, {})
+    loss, shape = capsys.readouterr().out.split(" ", 1)
+    assert 1 < float(loss) < 5 and shape == "(512, 192)\n"

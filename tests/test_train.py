@@ -204,8 +204,6 @@ def test_the_result_is_a_model_that_gpt2_and_transformers_load(run, tmp_path):
     with torch.no_grad():
         theirs = GPT2LMHeadModel.from_pretrained(folder)(torch.tensor([ids])).logits[0].numpy()
     np.testing.assert_allclose(logits, theirs, rtol=1e-4, atol=1e-5)
-    shutil.copy(folder / "encoder.json", folder / "vocab.json")
-    shutil.copy(folder / "vocab.bpe", folder / "merges.txt")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.encode("def softmax(x):\n    return é") == encoder.encode("def softmax(x):\n    return é")
 
@@ -215,7 +213,7 @@ def test_the_model_kept_is_the_one_of_the_lowest_validation_loss(run, tmp_path):
     folder = tmp_path / "models" / "new"
     losses = [(line["val_loss"], line["step"]) for line in train.read_log(folder) if "val_loss" in line]
     _, hparams, params = load_encoder_hparams_and_params("new", str(tmp_path / "models"))
-    inputs, targets = data.even_windows(data.open_tokens(folder / "val.bin", 300, 16), 8, 16)
+    inputs, targets = data.even_windows(np.fromfile(folder / "val.bin", "<u2"), 8, 16)
     np.testing.assert_allclose(train.lm_loss(params, inputs, targets, hparams["n_head"]), min(losses)[0], rtol=1e-5)
     assert json.loads(load_safetensors(str(folder / train.STATE))[1]["state"])["best_step"] == min(losses)[1]
 
@@ -339,6 +337,13 @@ def test_a_run_that_was_killed_goes_on_from_its_last_save(run, tmp_path, monkeyp
     assert_same_files(tmp_path / "models" / "whole", tmp_path / "models" / "killed")
     steps = [line["step"] for line in train.read_log(tmp_path / "models" / "killed")]
     assert steps == [0, 5, 10, 10, 12]
+
+
+def test_a_best_model_that_was_deleted_is_written_again(run, tmp_path):
+    run("--max_iters 2")
+    (tmp_path / "models" / "new" / "model.safetensors").unlink()
+    assert run("--resume", small="", dataset=None)[0] == 0
+    assert load_encoder_hparams_and_params("new", str(tmp_path / "models"))
 
 
 def test_resuming_what_is_finished_changes_nothing(run, tmp_path):
@@ -498,7 +503,7 @@ def write(path, content):
 
 
 def test_a_data_file_that_is_not_there(run, tmp_path):
-    mistake(run(dataset=tmp_path / "no.txt"), "no data file", "no.txt", "--dataset")
+    mistake(run(dataset=tmp_path / "no.txt"), "no data file", "no.txt", "give the path")
     assert not (tmp_path / "models" / "new").exists()
 
 
@@ -538,6 +543,40 @@ def refuse(*_):
     raise UserError("no room")
 
 
+def no_memory(*_):
+    raise MemoryError("Unable to allocate 3 GiB")
+
+
+def test_failing_leaves_no_folder_and_does_not_offer_it(run, tmp_path, monkeypatch):
+    monkeypatch.delenv("GPT2_BASE_URL")
+    result = run("--init_from nothing", small="")
+    mistake(result, "unknown model size 'nothing'")
+    assert "new" not in result[2] and not list((tmp_path / "models").iterdir())
+
+
+def test_paths_may_begin_at_home(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "mine.txt", b"to be or not to be, that is the question\n" * 40)
+    assert run("--max_iters 1", dataset="~/mine.txt", models_dir="~/m")[0] == 0
+    assert (tmp_path / "m" / "new" / "model.safetensors").exists()
+
+
+def test_control_characters_in_samples_are_shown_as_such(run, tmp_path):
+    path = write(tmp_path / "escape.txt", b"\x1b[2Jx\r\n" * 400)
+    code, _, err = run("--max_iters 2", dataset=path)
+    assert code == 0 and "    | " in err and not {"\x1b", "\r"} & set(err)
+
+
+def test_sections_need_a_blank_line(run, tmp_path):
+    path = write(tmp_path / "windows.txt", b"a line\r\n\r\nanother line\r\n" * 40)
+    mistake(run("--layout sections", dataset=path), "no blank line", "--layout plain")
+
+
+def test_a_block_that_was_not_asked_for_fits_the_model(run, tmp_path, tiny_models_dir):
+    shutil.copytree(tiny_models_dir, tmp_path / "models")
+    assert run("--init_from tiny --max_iters 1 --eval_iters 1", small="")[0] == 0
+
+
 def test_a_name_that_exists(run, tmp_path, monkeypatch):
     run("--max_iters 2")
     before = {path.name: path.read_bytes() for path in (tmp_path / "models" / "new").iterdir()}
@@ -547,6 +586,9 @@ def test_a_name_that_exists(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train_cli, "check_space", refuse)
         mistake(run("--max_iters 2 --overwrite"), "no room")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "loss_and_gradients", no_memory)
+        mistake(run("--max_iters 2 --overwrite"), "not enough memory", "batch")
     assert {path.name: path.read_bytes() for path in (tmp_path / "models" / "new").iterdir()} == before
     assert run("--max_iters 3 --overwrite --n_layer 1")[0] == 0
     assert len(train.read_log(tmp_path / "models" / "new")) == 2
@@ -564,9 +606,9 @@ def test_resuming_with_the_same_shape_or_another_dropout(run):
 
 
 def test_resuming_what_was_never_trained(run, tmp_path, tiny_models_dir):
-    mistake(run("--resume", dataset=None), "to resume from")
+    mistake(run("--resume", dataset=None), "no training to resume", "check --name")
     shutil.copytree(tiny_models_dir, tmp_path / "models", dirs_exist_ok=True)
-    mistake(run("--resume", name="tiny", dataset=None), "to resume from")
+    mistake(run("--resume", name="tiny", dataset=None), "to resume from", "--init_from tiny")
 
 
 def damage_options(folder):
@@ -583,6 +625,7 @@ def damage_options(folder):
         (train.STATE, lambda path: damage_options(path.parent)),
         (train.STATE, lambda path: write(path.parent / "hparams.json", shape_of(path.parent, n_layer=1))),
         ("train.bin", lambda path: path.write_bytes(b"")),
+        ("train.bin", lambda path: path.unlink()),
         ("train.bin", lambda path: path.write_bytes(path.read_bytes()[:20])),
         ("val.bin", lambda path: path.write_bytes(path.read_bytes()[:-1])),
         ("val.bin", lambda path: path.write_bytes(b"\xff\xff" * 100)),
@@ -600,7 +643,7 @@ def shape_of(folder, **changed):
 
 def test_a_damaged_log_does_not_matter(run, tmp_path):
     run("--max_iters 2")
-    write(tmp_path / "models" / "new" / "log.jsonl", b'{"step": 0}\n{"step": oh}\n')
+    write(tmp_path / "models" / "new" / "log.jsonl", b'{"step": 0}\n{"step": oh}\n{"a": 1}\n[1]\n\xff\xfe\n')
     assert run("--resume --max_iters 3", small="", dataset=None)[0] == 0
     assert [line["step"] for line in train.read_log(tmp_path / "models" / "new")] == [0, 3]
 
@@ -608,7 +651,8 @@ def test_a_damaged_log_does_not_matter(run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--n_embd 18 --n_head 4", ["--n_embd 18", "--n_head 4"]),
+        ("--n_embd 18 --n_head 4", ["--n_embd 18", "--n_head 4", "--n_embd 16 is"]),
+        ("stray", ["unrecognized arguments: stray (a text goes after --dataset"]),
         ("--vocab_size 255", ["--vocab_size 255", "256"]),
         ("--vocab_size 65537", ["65537", "65536"]),
         ("--device cuda", ["--device", "cuda"]),
@@ -620,7 +664,7 @@ def test_a_damaged_log_does_not_matter(run, tmp_path):
         ("--preset 2min", ["--preset", "3min"]),
         ("--preset finetune", ["--preset finetune", "--init_from"]),
         ("--resume --overwrite", ["--resume", "--overwrite"]),
-        ("--batch_sise 4", ["--batch_sise 4; see"]),
+        ("--batch_sise 4", ["--batch_sise 4 (a text goes after --dataset"]),
         ("--tokenizer bytes", ["--vocab_size", "bytes"]),
         ("--init_from nothing-there", ["--n_layer", "nothing-there"]),
     ],
@@ -648,7 +692,7 @@ def test_two_trainings_of_one_model(run, tmp_path):
     from filelock import FileLock
 
     run("--max_iters 1")
-    with FileLock(tmp_path / "models" / "new" / ".lock"):
+    with FileLock(tmp_path / "models" / ".new.lock"):
         mistake(run("--resume", small="", dataset=None), "another process")
 
 
@@ -710,9 +754,7 @@ def test_without_a_network_a_copy_of_tinyshakespeare_will_do(run, tmp_path, monk
     monkeypatch.setattr(download, "BACK_OFF", 0)
     monkeypatch.setattr(data, "TINYSHAKESPEARE", ("http://127.0.0.1:9/input.txt", *data.TINYSHAKESPEARE[1:]))
     options = f"--data_dir {tmp_path / 'data'}"
-    mistake(
-        run(options, dataset="tinyshakespeare"), "cannot fetch http://127.0.0.1:9", "give --dataset the path of a copy"
-    )
+    mistake(run(options, dataset="tinyshakespeare"), "cannot fetch http://127.0.0.1:9", "give the path of a copy")
 
 
 @pytest.mark.parametrize("vocab_size", [256, 257, 400])
