@@ -6,9 +6,13 @@ Random weights, real shapes; 2 GB on disk for a minute. Not run by default: pyte
 import numpy as np
 import pytest
 
+import fused
 import gpt2
 import gpt2_pico
-from tests.conftest import DATA, PROMPTS
+from data import encode_splits
+from encoder import get_encoder
+from optim import AdamW
+from tests.conftest import DATA, PROMPTS, need
 from tests.random_model import (
     SIZE_124M,
     copy_vocabulary,
@@ -18,6 +22,7 @@ from tests.random_model import (
     write_tf_checkpoint,
 )
 from tests.test_gpt2 import assert_same_ids, prompt_ids, their_greedy_ids, their_logits
+from train import initial_tensors, loss_and_gradients
 from utils import load_encoder_hparams_and_params
 
 pytestmark = pytest.mark.full_size
@@ -83,3 +88,22 @@ def test_a_full_context(ours, theirs):
         new,
         lambda i: their_logits(theirs, [ids + new[:i]])[0, -1],
     )
+
+
+def test_ten_steps_of_training_are_llm_cs():
+    """From the same (random) weights, on the same batches of 4 x 64 tokens of tinyshakespeare.
+
+    The losses are those that karpathy/llm.c's train_gpt2.c printed (gcc -Ofast, two threads; AdamW 1e-4, betas 0.9 and
+    0.999, no weight decay), with shuffling switched off in its data loader.
+    """
+    expected = "11.034027 9.634481 9.841953 9.542304 9.387852 9.329209 9.177855 9.067575 9.135426 8.717728"
+    text = need(DATA / "tinyshakespeare.txt").read_text(encoding="utf-8")
+    ids, _, _ = encode_splits(text, get_encoder("gpt2", str(need(DATA / "gpt2").parent)), "sections")
+    tensors, model = initial_tensors(SIZE_124M, seed=0), fused.training_model()
+    optimizer = AdamW(tensors, beta1=0.9, beta2=0.999, weight_decay=0.0)
+    for i, loss in enumerate(map(float, expected.split())):
+        window = np.array(ids[256 * i : 256 * i + 257])
+        inputs, targets = window[:-1].reshape(4, 64), window[1:].reshape(4, 64)
+        found, gradients = loss_and_gradients(tensors, SIZE_124M, inputs, targets, model)
+        np.testing.assert_allclose(found, loss, atol=1e-4)
+        optimizer.update(gradients, 1e-4)
