@@ -185,10 +185,14 @@ def unsupported(name, options=()):
     return NotImplementedError(f"{name} has no derivative in autograd.py; add it there, or take the Tensor's .data")
 
 
+def array_of(x):
+    return x.data if isinstance(x, Tensor) else x
+
+
 def apply(ours, name, inputs, options):
     """The value of an operation of ours on arrays, as a Tensor that knows which Tensors it was made of."""
     try:
-        value, *derivatives = ours(*(x.data if isinstance(x, Tensor) else x for x in inputs), **options)
+        value, *derivatives = ours(*map(array_of, inputs), **options)
     except TypeError as error:  # an argument that NumPy's function has and ours lacks
         raise unsupported(name, options or ["such arguments"]) from error
     made_of = [(x, derivative) for x, derivative in zip(inputs, derivatives, strict=False) if isinstance(x, Tensor)]
@@ -209,7 +213,7 @@ def fuse(forward, backward):
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         if not tensors:
             return forward(*args, **kwargs)
-        arrays = [x.data if isinstance(x, Tensor) else x for x in inputs]
+        arrays = [array_of(x) for x in inputs]
         y = forward(*arrays)
 
         def pull_back(dy):

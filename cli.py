@@ -14,6 +14,7 @@ import sys
 
 from encoder import END_OF_TEXT
 from errors import UserError
+from files import decode_utf8
 from gpt2 import check_context, generate_tokens
 from sampling import make_sampler
 from utils import N_PARAMS, load_encoder_hparams_and_params
@@ -22,7 +23,20 @@ EXIT_MISTAKE, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 2, 130, 141  # the last two a
 
 
 class Parser(argparse.ArgumentParser):
-    hint = ""  # behind what is not recognized
+    """hint: what to say behind arguments that are not recognized."""
+
+    def __init__(self, hint="", **options):
+        super().__init__(allow_abbrev=False, **options)
+        self.hint = hint
+
+    def add_models_dir(self):
+        self.add_argument(
+            "--models_dir",
+            type=os.path.expanduser,
+            default="models",
+            metavar="DIR",
+            help="where the model folders are (default models)",
+        )
 
     def error(self, message):
         hint = self.hint if message.startswith("unrecognized") else ""
@@ -48,7 +62,7 @@ def number(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
-def temperature(text):
+def rate(text):
     if not 0 <= number(text) < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number from 0 up")
     return number(text)
@@ -69,18 +83,17 @@ def make_parser():
         prog="gpt2.py",
         description="Continue a text with GPT-2.",
         epilog='A prompt that starts with a dash goes after two of them: python gpt2.py -- "--dashes"',
-        allow_abbrev=False,
+        hint=" (a prompt of several words goes in quotes, one that starts with a dash after --)",
     )
-    parser.hint = " (a prompt of several words goes in quotes, one that starts with a dash after --)"
     add = parser.add_argument
     add("prompt", nargs="?", help="the text to continue, taken as it is; - reads standard input; none starts afresh")
     add("--prompt_file", metavar="FILE", help="read the prompt from a file (its last line break is dropped, as for -)")
     add("--n_tokens_to_generate", type=whole_number, default=40, metavar="N", help="tokens to add (default 40)")
     add("--model_size", default="124M", help=f"{', '.join(N_PARAMS)} or a folder under models_dir (default 124M)")
-    add("--models_dir", default="models", metavar="DIR", help="where the model folders are (default models)")
+    parser.add_models_dir()
     add(
         "--temperature",
-        type=temperature,
+        type=rate,
         default=0.0,
         metavar="T",
         help="0 takes the likeliest token each time (default); 1 draws as the model believes, more is wilder",
@@ -177,7 +190,7 @@ class Writer:
         self.options = options
         self.stream = sys.stdout.isatty() if options.stream is None else options.stream
         self.first_prompt = None if options.interactive else read_prompt(options)
-        loaded = load_encoder_hparams_and_params(options.model_size, os.path.expanduser(options.models_dir))
+        loaded = load_encoder_hparams_and_params(options.model_size, options.models_dir)
         self.encoder, self.hparams, self.params = loaded
         self.end_of_text = self.encoder.encoder.get(END_OF_TEXT)
 
@@ -192,7 +205,7 @@ class Writer:
         while (line := read_line()) is not None:
             with contextlib.suppress(KeyboardInterrupt):
                 try:
-                    prompt = decode_utf8(line, "the prompt")
+                    prompt = decode_text(line, "the prompt")
                     if prompt:
                         self.answer(prompt)
                 except UserError as error:
@@ -266,19 +279,13 @@ def read_prompt(options):
     """The prompt as the options give it, "" for none."""
     if options.prompt_file is not None:
         with open(options.prompt_file, "rb") as f:
-            return decode_utf8(f.read(), options.prompt_file)
+            return decode_text(f.read(), options.prompt_file)
     if options.prompt == "-":
-        return decode_utf8(sys.stdin.buffer.read(), "standard input")
-    return decode_utf8(os.fsencode(options.prompt or ""), "the prompt", drop_line_break=False)
+        return decode_text(sys.stdin.buffer.read(), "standard input")
+    return decode_utf8(os.fsencode(options.prompt or ""), "the prompt")
 
 
-def decode_utf8(data, source, drop_line_break=True):
-    """Bytes to text, less a byte order mark and the last line break; raises UserError where they are not UTF-8."""
-    if drop_line_break:
-        data = data.removeprefix(codecs.BOM_UTF8)
-        data = data[:-1].removesuffix(b"\r") if data.endswith(b"\n") else data
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        what = f"byte 0x{data[error.start]:02x} at position {error.start}"
-        raise UserError(f"{source} is not UTF-8 ({what}); convert it, with iconv for example") from None
+def decode_text(data, source):
+    """What a file or a pipe holds, less a byte order mark and the last line break, as text."""
+    data = data.removeprefix(codecs.BOM_UTF8)
+    return decode_utf8(data[:-1].removesuffix(b"\r") if data.endswith(b"\n") else data, source)

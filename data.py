@@ -4,15 +4,16 @@ The ids of a file are uint16, little-endian, nothing else, as nanoGPT and llm.c 
 """
 
 import codecs
+import json
 import os
 import sys
 
 import numpy as np
 
 from download import download_file
-from encoder import END_OF_TEXT, Encoder, bytes_to_unicode
+from encoder import END_OF_TEXT, Encoder, bytes_to_unicode, merge_lines
 from errors import CorruptFile, UserError
-from files import replacing
+from files import decode_utf8, replacing
 
 TINYSHAKESPEARE = (  # Karpathy's file of Shakespeare's plays: where it is, bytes, sha256
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -39,11 +40,7 @@ def read_dataset(dataset, data_dir):
         raise UserError(f"no data file {path!r}; give the path of a text file, or tinyshakespeare")
     with open(path, "rb") as f:
         data = f.read().removeprefix(codecs.BOM_UTF8)
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        what = f"byte 0x{data[error.start]:02x} at position {error.start}"
-        raise UserError(f"{path} is not UTF-8 ({what}); convert it, with iconv for example") from None
+    text = decode_utf8(data, path)
     if not text:
         raise UserError(f"{path} is empty; give the path of another text file")
     return text
@@ -70,9 +67,10 @@ def encode_splits(text, encoder, layout):
     if layout == "plain":
         train, val = split_text(text)
         return encoder.encode(train), encoder.encode(val), len(val)
-    if len(sections(text)) == 1:
+    parts = sections(text)
+    if len(parts) == 1:
         raise UserError("the text has no blank line (two line feeds) to cut it into sections at; take --layout plain")
-    ids = [i for part in sections(text) for i in (encoder.encoder[END_OF_TEXT], *encoder.encode(part))]
+    ids = [i for part in parts for i in (encoder.encoder[END_OF_TEXT], *encoder.encode(part))]
     n_val = min(LLM_C_VALIDATION, len(ids) // 10)
     return ids[n_val:], ids[:n_val], len(encoder.decode(i for i in ids[:n_val] if i != encoder.encoder[END_OF_TEXT]))
 
@@ -95,15 +93,12 @@ def train_encoder(text, vocab_size, end_of_text):
 
 def learn_merges(text, vocab_size):
     """The symbols, in the order of their ids, and the merges that Hugging Face's tokenizers learn from the text."""
-    import json
-
     from tokenizers import ByteLevelBPETokenizer
 
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(text.splitlines(True), vocab_size, min_frequency=1, show_progress=False)
     model = json.loads(tokenizer.to_str())["model"]
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    return sorted(model["vocab"], key=model["vocab"].get), merges
+    return sorted(model["vocab"], key=model["vocab"].get), merge_lines(model["merges"])
 
 
 def save_tokens(path, ids):

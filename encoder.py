@@ -153,11 +153,16 @@ def read_tokenizer(path):
     if (model.get("type"), pre.get("type"), pre.get("add_prefix_space", False)) != ("BPE", "ByteLevel", False):
         raise UserError(f"{path} is not of GPT-2's byte-level BPE; only that is read here: take a GPT-2 model")
     try:
-        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        merges = merge_lines(model["merges"])
         added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
         return Encoder(check_ids(path, model["vocab"] | added), merges)
     except (LookupError, TypeError) as error:
         raise CorruptFile(path, f"no vocabulary in it: {error}") from None
+
+
+def merge_lines(merges):
+    """The merges of a tokenizer.json as lines of vocab.bpe; newer versions of tokenizers write them as pairs."""
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
 
 
 def read_vocabulary_and_merges(vocabulary_path, merges_path):

@@ -13,7 +13,6 @@ This is a program of its own, and no option of gpt2.py, because it shares none o
 
 import itertools
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -64,8 +63,11 @@ def total_loss(ids, params, n_head, context, stride, threads=1):
 
 
 def make_parser():
-    parser = Parser(prog="evaluate.py", description="Loss and perplexity of a text under a model.", allow_abbrev=False)
-    parser.hint = " (the model goes after --model_size)"
+    parser = Parser(
+        prog="evaluate.py",
+        description="Loss and perplexity of a text under a model.",
+        hint=" (the model goes after --model_size)",
+    )
     add = parser.add_argument
     add("dataset", metavar="FILE", help="a UTF-8 text file, or tinyshakespeare, which is downloaded")
     add(
@@ -77,7 +79,7 @@ def make_parser():
     add("--model_size", default="124M", help="the model, as for gpt2.py (default 124M)")
     add("--context", type=positive_number, metavar="N", help="tokens a window holds (default: the model's context)")
     add("--stride", type=positive_number, metavar="N", help="tokens from window to window (default: half the context)")
-    add("--models_dir", default="models", metavar="DIR", help="where the model folders are (default models)")
+    parser.add_models_dir()
     add("--data_dir", default="data", metavar="DIR", help="where tinyshakespeare is downloaded to (default data)")
     add(
         "--threads", type=positive_number, default=n_cores(), metavar="N", help="windows at a time (default: the cores)"
@@ -88,10 +90,9 @@ def make_parser():
 def evaluate(options):
     """Prints the figures."""
     text = read_dataset(options.dataset, options.data_dir)
-    text = {"all": text, "train": split_text(text)[0], "val": split_text(text)[1]}[options.split]
-    encoder, hparams, params = load_encoder_hparams_and_params(
-        options.model_size, os.path.expanduser(options.models_dir)
-    )
+    if options.split != "all":
+        text = dict(zip(("train", "val"), split_text(text), strict=True))[options.split]
+    encoder, hparams, params = load_encoder_hparams_and_params(options.model_size, options.models_dir)
     context = options.context or hparams["n_ctx"]
     stride = options.stride or max(1, context // 2)
     if not stride <= context <= hparams["n_ctx"]:

@@ -7,6 +7,15 @@ import os
 from errors import CorruptFile, UserError
 
 
+def decode_utf8(data, source):
+    """Bytes to text; raises UserError, which names their source, where they are not UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        what = f"byte 0x{data[error.start]:02x} at position {error.start}"
+        raise UserError(f"{source} is not UTF-8 ({what}); convert it, with iconv for example") from None
+
+
 def read_json(path):
     """The object in a JSON file; raises CorruptFile when there is something else."""
     try:

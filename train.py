@@ -79,6 +79,7 @@ class Trainer:
         self.optimizer = AdamW(tensors, **{name: options[name] for name in names})
         batch_tokens = options["batch_size"] * options["block_size"]
         self.n_shards = max(1, min(options["threads"], options["batch_size"], batch_tokens // SHARD_TOKENS))
+        self.blas_threads = max(1, options["threads"] // self.n_shards)
         self.models = [fused.training_model(options["dropout"]) for _ in range(self.n_shards)]
         self.eval_model = fused.training_model()
         quiet = {"over": "ignore", "invalid": "ignore", "divide": "ignore"}  # check_finite looks at what comes of it
@@ -88,12 +89,11 @@ class Trainer:
     def run(self):
         """Trains up to max_iters; returns whether it came that far, which it does not when Ctrl-C ends it."""
         options, state = self.options, self.state
-        blas_threads = max(1, options["threads"] // self.n_shards)
         self.bar = tqdm(
             total=options["max_iters"], initial=state["step"], unit="step", disable=None, dynamic_ncols=True
         )
         self.clock = time.perf_counter()
-        with self.bar, self.pool, threadpool_limits(blas_threads), self.sigint():
+        with self.bar, self.pool, threadpool_limits(self.blas_threads), self.sigint():
             while True:
                 at_end = state["step"] >= options["max_iters"]
                 due = at_end or state["step"] % options["eval_interval"] == 0
@@ -129,16 +129,13 @@ class Trainer:
 
     def try_a_step(self):
         """The way through the model and back, without the update: raises what a first step would raise."""
-        with threadpool_limits(max(1, self.options["threads"] // self.n_shards)):
-            loss, gradients = self.all_gradients(step=0)
-            self.check_finite({"loss": loss, "norm of the gradients": global_norm(gradients, self.pool.map)})
+        with threadpool_limits(self.blas_threads):
+            self.finite_gradients(step=0)
 
     def train_step(self):
         """One update of every tensor; returns the loss before it, the learning rate and the norm of the gradients."""
         options, step = self.options, self.state["step"]
-        loss, gradients = self.all_gradients(step)
-        norm = global_norm(gradients, self.pool.map)
-        self.check_finite({"loss": loss, "norm of the gradients": norm})
+        loss, gradients, norm = self.finite_gradients(step)
         peak, last = options["learning_rate"], options["lr_decay_iters"] or options["max_iters"]
         lowest = peak / 20 if options["min_lr"] is None else options["min_lr"]
         learning_rate = learning_rate_at(step, peak, lowest, options["warmup_iters"], last)
@@ -146,6 +143,13 @@ class Trainer:
         self.optimizer.update(gradients, learning_rate, scale, self.pool.map)
         self.state["step"] += 1
         return {"loss": loss, "learning_rate": learning_rate, "gradient_norm": norm}
+
+    def finite_gradients(self, step):
+        """The loss, the gradients and their norm; raises UserError where these are not finite."""
+        loss, gradients = self.all_gradients(step)
+        norm = global_norm(gradients, self.pool.map)
+        self.check_finite({"loss": loss, "norm of the gradients": norm})
+        return loss, gradients, norm
 
     def all_gradients(self, step):
         """The mean loss over all batches of a step and its gradients, summed over the batches and their shards."""
@@ -217,7 +221,7 @@ class Trainer:
         state["evaluated_step"] = state["step"]
         is_best = losses["val_loss"] < state["best_loss"]
         if is_best:
-            state |= {"best_loss": losses["val_loss"], "best_step": state["step"], "best_nats_per_char": nats}
+            state |= {"best_loss": losses["val_loss"], "best_step": state["step"]}
             save_params(self.model_dir, self.params, self.hparams, self.encoder.encoder.get(END_OF_TEXT))
         self.log(losses | {"val_nats_per_char": nats})
         self.save()

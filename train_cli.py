@@ -15,7 +15,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from checkpoint import flatten, load_hparams, load_safetensors, tensor_shapes
-from cli import EXIT_INTERRUPTED, Parser, exit_code, n_cores, number, positive_number, whole_number
+from cli import EXIT_INTERRUPTED, Parser, exit_code, n_cores, number, positive_number, rate, whole_number
 from data import N_BYTES, N_IDS, encode_splits, open_tokens, read_dataset, save_tokens, split_text, train_encoder
 from download import check_space
 from encoder import END_OF_TEXT, get_encoder, save_encoder
@@ -55,12 +55,6 @@ PRESETS = {
 }
 SHAPE = ("n_layer", "n_head", "n_embd", "tokenizer", "vocab_size")  # of a new model; one that is fine-tuned has its own
 FIXED = (*SHAPE, "init_from", "dataset", "layout", "block_size", "seed")  # what --resume cannot change
-
-
-def rate(text):
-    if not 0 <= number(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number from 0 up")
-    return number(text)
 
 
 def positive_rate(text):
@@ -123,10 +117,9 @@ def make_parser():
         prog="train.py",
         description="Train a GPT-2 on a text, from scratch or from a model that is there.",
         epilog="What is left out is as the preset has it, shown in brackets; with --resume, as it was.",
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
+        hint=" (a text goes after --dataset, the new model's name after --name)",
     )
-    parser.hint = " (a text goes after --dataset, the new model's name after --name)"
     add = parser.add_argument
     add("--name", required=True, type=new_name, help="the model made: a folder under models_dir")
     add("--dataset", metavar="FILE", help="a UTF-8 text file, or tinyshakespeare, which is downloaded")
@@ -134,7 +127,7 @@ def make_parser():
     add("--preset", choices=PRESETS, help="3min (default), 1h, or finetune (default with --init_from)")
     add("--resume", action="store_true", help="go on from where --name was saved")
     add("--overwrite", action="store_true", help="replace the model --name, if it is there")
-    add("--models_dir", metavar="DIR", default="models", help="where the model folders are (default models)")
+    parser.add_models_dir()
     add("--data_dir", metavar="DIR", default="data", help="where tinyshakespeare is downloaded to (default data)")
     add("--device", choices=["cpu"], help="cpu is what NumPy runs on")
     add("--threads", type=positive_number, metavar="N", help="shards of a batch, one thread each (default: the cores)")
@@ -163,7 +156,6 @@ def run(argv=None):
 
 def train(given):
     """given: the options on the command line. Returns the exit code."""
-    given["models_dir"] = os.path.expanduser(given["models_dir"])
     model_dir = os.path.join(given["models_dir"], given["name"])
     resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
     if resume and overwrite:

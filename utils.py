@@ -160,7 +160,7 @@ def download_gpt2_files(model_size, model_dir):
 
     Raises UserError when a file cannot be had or is not the one OpenAI published.
     """
-    say(f"downloading {model_size} from {os.environ.get('GPT2_BASE_URL') or BASE_URL} to {model_dir}")
+    say(f"downloading {model_size} from {base_url()} to {model_dir}")
     missing = missing_files(model_dir)
     if DATA_FILE in missing:
         path = os.path.join(model_dir, DATA_FILE)
@@ -169,10 +169,13 @@ def download_gpt2_files(model_size, model_dir):
         fetch_released(model_size, model_dir, name)
 
 
+def base_url():
+    return (os.environ.get("GPT2_BASE_URL") or BASE_URL).rstrip("/")
+
+
 def fetch_released(model_size, model_dir, name):
-    base_url = (os.environ.get("GPT2_BASE_URL") or BASE_URL).rstrip("/")
     size, sha256 = RELEASED.get(model_size, {}).get(name, (None, None))
-    download_file(f"{base_url}/{urllib.parse.quote(model_size)}/{name}", os.path.join(model_dir, name), size, sha256)
+    download_file(f"{base_url()}/{urllib.parse.quote(model_size)}/{name}", os.path.join(model_dir, name), size, sha256)
 
 
 def load_gpt2_encoder(models_dir):

@@ -35,7 +35,7 @@ def our_step(hparams, chosen):
     data = {"train": np.random.default_rng(0).integers(0, hparams["n_vocab"], 9999, dtype=np.uint16)}
     options = PRESETS["3min"] | chosen | {"threads": THREADS, "grad_clip": 0.0}
     trainer = Trainer(None, options, None, hparams, initial_tensors(hparams, 0), data)
-    threadpool_limits(THREADS // trainer.n_shards)
+    threadpool_limits(trainer.blas_threads)
     return trainer.train_step
 
 

@@ -19,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 from tqdm import tqdm
 
-from cli import EXIT_INTERRUPTED, EXIT_MISTAKE, Parser, describe, positive_number
+from cli import Parser, exit_code, positive_number
 from errors import UserError
 from gpt2 import generate, gpt2
 from utils import checkpoint_prefix, find_model_dir, is_downloadable, load_encoder_hparams_and_params
@@ -46,12 +46,12 @@ PROMPTS = {
 
 
 def make_parser():
-    parser = Parser(prog="official/compare.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="official/compare.py", description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--official_repo", required=True, metavar="PATH", help=f"a checkout of {URL} at commit {COMMIT[:7]}")
     add("--clone", action="store_true", help="let git make that checkout first, if it is not there")
     add("--model_size", default="124M", help="the model, as for gpt2.py (default 124M)")
-    add("--models_dir", default="models", metavar="DIR", help="where the model folders are (default models)")
+    parser.add_models_dir()
     add("--n_tokens_to_generate", type=positive_number, default=40, metavar="N", help="tokens a prompt (default 40)")
     add("--prompt", metavar="TEXT", help="one more prompt, after the fixed ones")
     return parser
@@ -59,17 +59,11 @@ def make_parser():
 
 def main(argv=None):
     """Runs the command line argv (default sys.argv[1:]) and returns its exit code."""
-    try:
-        return run(make_parser().parse_args(argv))
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except (UserError, OSError, MemoryError) as error:
-        print(f"official/compare.py: error: {describe(error)}", file=sys.stderr)
-        return EXIT_MISTAKE
+    return exit_code("official/compare.py", lambda: run(make_parser().parse_args(argv)))
 
 
 def run(options):
-    official_repo, models_dir = (os.path.expanduser(path) for path in (options.official_repo, options.models_dir))
+    official_repo, models_dir = os.path.expanduser(options.official_repo), options.models_dir
     check_checkout(os.path.normpath(official_repo), options.clone)
     encoder, hparams, params = load_encoder_hparams_and_params(options.model_size, models_dir)
     model_dir = find_model_dir(options.model_size, models_dir)
