@@ -77,13 +77,10 @@ class KVCache:
     def __init__(self, n_max):
         self.n_max, self.n_past, self.k, self.v = n_max, 0, None, None
 
-    def __len__(self):
-        return self.n_past
-
     def append(self, k, v):  # [..., n_seq, d], [..., n_seq, d] -> [..., n_past+n_seq, d] each
         """Stores k and v behind what is there; returns all of both, as views (nothing is copied but k and v).
 
-        Raises ValueError when there is no room.
+        To forget the newest positions, lower n_past. Raises ValueError when there is no room.
         """
         *lead, n_seq, d = k.shape
         check_context(self.n_past, n_seq, self.n_max)
@@ -95,6 +92,10 @@ class KVCache:
         self.n_past = n_k
         return self.k[..., :n_k, :], self.v[..., :n_k, :]
 
+    def attend(self, q, k, v):  # [..., n_seq, d], [..., n_seq, d], [..., n_seq, d] -> [..., n_seq, d]
+        """Attention of new positions to those before them and to themselves."""
+        return attention(q, *self.append(k, v))
+
 
 def mha(x, c_attn, c_proj, n_head, cache=None):  # [..., n_seq, n_embd] -> [..., n_seq, n_embd]
     """Multi-head causal self-attention (Vaswani et al. 2017, section 3.2.2), all heads at once.
@@ -104,9 +105,8 @@ def mha(x, c_attn, c_proj, n_head, cache=None):  # [..., n_seq, n_embd] -> [...,
     x = linear(x, **c_attn)  # [..., n_seq, n_embd] -> [..., n_seq, 3*n_embd]
     q, k, v = np.split(x, 3, axis=-1)  # [..., n_seq, 3*n_embd] -> [..., n_seq, n_embd] each
     q, k, v = (split_heads(a, n_head) for a in (q, k, v))  # -> [..., n_head, n_seq, n_embd/n_head] each
-    if cache is not None:
-        k, v = cache.append(k, v)  # [..., n_head, n_seq, d] -> [..., n_head, n_k, d] each
-    x = merge_heads(attention(q, k, v))  # -> [..., n_seq, n_embd]
+    attend = attention if cache is None else cache.attend
+    x = merge_heads(attend(q, k, v))  # [..., n_head, n_seq, n_embd/n_head] -> [..., n_seq, n_embd]
     return linear(x, **c_proj)
 
 
@@ -118,10 +118,13 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache=None):  # [..., n_
 
 
 def embed(inputs, wte, wpe, n_past=0):  # [..., n_seq] -> [..., n_seq, n_embd]
-    """What each token is plus where it stands. Raises ValueError when wpe has too few rows (n_ctx) for that."""
+    """What each token is plus where it stands: behind n_past others, a number or, one for each sequence, [batch, 1].
+
+    Raises ValueError when wpe has too few rows (n_ctx) for that.
+    """
     n_seq = inputs.shape[-1]
-    check_context(n_past, n_seq, wpe.shape[0])
-    return wte[inputs] + wpe[n_past : n_past + n_seq]
+    check_context(np.max(n_past), n_seq, wpe.shape[0])
+    return wte[inputs] + wpe[n_past + np.arange(n_seq)]
 
 
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, last_only=False):  # [..., n_seq] -> [..., n_seq, n_vocab]
@@ -132,7 +135,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, last_only=False):  
     Raises ValueError when there are more positions than wpe has rows (n_ctx).
     """
     inputs = np.asarray(inputs, dtype=int)  # -> [..., n_seq]
-    x = embed(inputs, wte, wpe, n_past=len(cache[0]) if cache else 0)  # [..., n_seq] -> [..., n_seq, n_embd]
+    x = embed(inputs, wte, wpe, n_past=cache[0].n_past if cache else 0)  # [..., n_seq] -> [..., n_seq, n_embd]
     for i, block in enumerate(blocks):
         x = transformer_block(x, **block, n_head=n_head, cache=cache[i] if cache else None)
     x = layer_norm(x[..., -1:, :] if last_only else x, **ln_f)
@@ -143,6 +146,13 @@ PREFILL = 256  # prompt tokens a pass: bounds memory, and spares most of the wor
 # A large array made and freed: from then on glibc keeps freed memory of up to this size. Otherwise it goes back to the
 # system after each operation and is faulted in anew for the next, a third of the time that 512 prompt tokens take.
 np.empty(31 * 2**20, dtype=np.uint8)
+
+
+def feed(ids, params, n_head, cache):  # [n_seq] -> [n_vocab]
+    """Takes ids into the cache, in as few passes as PREFILL allows; returns the logits of what follows the last."""
+    for i in range(0, len(ids), PREFILL):
+        logits = gpt2(ids[i : i + PREFILL], **params, n_head=n_head, cache=cache, last_only=True)
+    return logits[-1]  # [1, n_vocab] -> [n_vocab]
 
 
 def generate_tokens(inputs, params, n_head, n_tokens_to_generate, sample=np.argmax, stop_id=None):
@@ -159,9 +169,7 @@ def generate_tokens(inputs, params, n_head, n_tokens_to_generate, sample=np.argm
     cache = [KVCache(len(inputs) + n_tokens_to_generate) for _ in params["blocks"]]
     new_ids = inputs  # what the cache has not seen yet: at first the prompt, then the token just made
     for _ in range(n_tokens_to_generate):
-        for i in range(0, len(new_ids), PREFILL):
-            logits = gpt2(new_ids[i : i + PREFILL], **params, n_head=n_head, cache=cache, last_only=True)
-        next_id = int(sample(logits[-1]))  # [1, n_vocab] -> one id
+        next_id = int(sample(feed(new_ids, params, n_head, cache)))  # [n_vocab] -> one id
         if next_id == stop_id:
             return
         yield next_id

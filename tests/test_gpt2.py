@@ -178,7 +178,7 @@ def test_the_cache_keeps_views_and_copies_nothing_but_the_new_rows():
     cache = gpt2.KVCache(5)
     first = np.ones((2, 3, 4), dtype=np.float32)
     k, v = cache.append(first, 2 * first)
-    assert len(cache) == 3
+    assert cache.n_past == 3
     again, _ = cache.append(3 * first[:, :1], first[:, :1])
     assert np.shares_memory(k, again)
     assert np.shares_memory(v, cache.v)
