@@ -11,7 +11,10 @@ import contextlib
 import math
 import os
 import sys
+import time
 
+from batch import generate_batch, in_order
+from checkpoint import tensor_shapes
 from encoder import END_OF_TEXT
 from errors import UserError
 from files import decode_utf8
@@ -115,8 +118,19 @@ def make_parser():
         "--stream",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="show tokens as they are made (default: when standard output is a terminal)",
+        help="show tokens as they are made (default: one sample on a terminal; several are made at once)",
     )
+    add("--prompts_file", metavar="FILE", help="a prompt a line; prints a line of JSON for each continuation")
+    add("--output", metavar="FILE", help="append those lines to a file, less the prompts that are in it already")
+    add("--batch_size", type=positive_number, default=8, metavar="N", help="rows at a time, of both kinds (default 8)")
+    add(
+        "--speculate",
+        choices=("off", "lookup", "auto"),
+        default="off",
+        help="guess tokens and check several a pass, for the same text: lookup guesses what followed the same words "
+        "before, auto does so where the text repeats itself (default off)",
+    )
+    add("--draft_model", metavar="NAME", help="guess with a smaller model of the same vocabulary")
     add("--interactive", action="store_true", help="ask for one prompt after another; Ctrl-D leaves")
     return parser
 
@@ -128,7 +142,12 @@ def run(argv=None):
 
 def answer(options):
     check_options(options)
-    Writer(options).run()
+    if options.prompts_file is None:
+        Writer(options).run()
+    else:
+        from batch_cli import run_batch
+
+        run_batch(options)
 
 
 def exit_code(program, work):
@@ -173,9 +192,23 @@ def describe(error):
 
 
 def check_options(options):
-    given = [options.prompt is not None, options.prompt_file is not None, options.interactive]
-    if sum(given) > 1:
-        raise UserError("give one of a prompt, --prompt_file and --interactive, not several")
+    given = {
+        "a prompt": options.prompt is not None,
+        "--prompt_file": options.prompt_file is not None,
+        "--prompts_file": options.prompts_file is not None,
+        "--interactive": options.interactive,
+    }
+    if sum(given.values()) > 1:
+        raise UserError("give one of a prompt, --prompt_file, --prompts_file and --interactive, not several")
+    if options.prompts_file is None and options.output is not None:
+        raise UserError("--output is where the lines of --prompts_file go; for one prompt, redirect: > FILE")
+    if options.prompts_file is not None and options.stream is not None:
+        raise UserError("--prompts_file gives a line for each continuation when it is complete; leave --stream out")
+    guessing = "--draft_model" if options.draft_model else f"--speculate {options.speculate}"
+    if options.prompts_file is not None and guessing != "--speculate off":
+        raise UserError(f"{guessing} is for one text at a time; --prompts_file is fast by --batch_size: leave one out")
+    if options.draft_model and options.speculate == "lookup":
+        raise UserError("--draft_model and --speculate lookup are two sources of guesses; leave one out")
     if options.temperature == 0 and (options.top_k or options.top_p < 1 or options.seed is not None):
         note = (
             "--top_k, --top_p and --seed choose among draws, and at temperature 0 nothing is drawn; set --temperature 1"
@@ -183,16 +216,92 @@ def check_options(options):
         print(f"note: {note}", file=sys.stderr)
 
 
-class Writer:
-    """Continues prompts with one model, loaded once, and the options they share."""
+class Continuer:
+    """A model, loaded, and what the options say about continuing texts with it."""
 
     def __init__(self, options):
         self.options = options
-        self.stream = sys.stdout.isatty() if options.stream is None else options.stream
-        self.first_prompt = None if options.interactive else read_prompt(options)
         loaded = load_encoder_hparams_and_params(options.model_size, options.models_dir)
         self.encoder, self.hparams, self.params = loaded
-        self.end_of_text = self.encoder.encoder.get(END_OF_TEXT)
+        self.n_head, self.model = self.hparams["n_head"], None
+        self.stop_id = self.encoder.encoder.get(END_OF_TEXT) if options.stop_at_end_of_text else None
+        self.speculation = self.make_speculation()
+
+    def make_speculation(self):
+        """What --speculate and --draft_model ask for, None if nothing."""
+        name, options = self.options.draft_model, self.options
+        if not name and options.speculate == "off":
+            return None
+        from speculate import Draft, Lookup, Speculation
+
+        if not name:
+            return Speculation(self.params, self.n_head, Lookup, eager=options.speculate == "lookup")
+        encoder, hparams, params = load_encoder_hparams_and_params(name, options.models_dir)
+        if encoder.encoder != self.encoder.encoder or hparams["n_vocab"] != self.hparams["n_vocab"]:
+            raise UserError(
+                f"--draft_model {name} ({hparams['n_vocab']} tokens) has another vocabulary than {options.model_size} "
+                f"({self.hparams['n_vocab']} tokens); its guesses would mean something else: take one with the same"
+            )
+        cost = n_numbers(hparams) / n_numbers(self.hparams)
+        return Speculation(self.params, self.n_head, lambda: Draft(params, hparams["n_head"], cost))
+
+    def start_ids(self, prompt):
+        """The ids of a prompt; raises UserError where they leave too little room in the model's context."""
+        ids = self.encoder.encode(prompt) or self.encoder.start_ids()
+        n_ctx, n_new = self.hparams["n_ctx"], self.options.n_tokens_to_generate
+        try:
+            check_context(len(ids), n_new, n_ctx)
+        except ValueError:
+            fewer = f" or set --n_tokens_to_generate to {n_ctx - len(ids)}" if len(ids) < n_ctx else ""
+            raise UserError(
+                f"{len(ids)} prompt tokens + {n_new} to generate = {len(ids) + n_new}, more than the {n_ctx} of the "
+                f"model's context; shorten the prompt{fewer}"
+            ) from None
+        return ids
+
+    def sampler(self, i):
+        """What chooses the tokens of sample i, counted from 1."""
+        options = self.options
+        seed = None if options.seed is None else options.seed + i - 1
+        return make_sampler(options.temperature, options.top_k, options.top_p, seed)
+
+    def generate_tokens(self, ids, i):
+        """Yields the ids of sample i one by one."""
+        n = self.options.n_tokens_to_generate
+        if self.speculation:
+            return self.speculation.generate_tokens(ids, n, self.sampler(i), self.stop_id)
+        return generate_tokens(ids, self.params, self.n_head, n, self.sampler(i), self.stop_id)
+
+    def generate_batch(self, requests):
+        """batch.generate_batch, with the model laid out for few tokens a pass; the params as they were are let go."""
+        from parallel import few_token_model
+
+        if self.model is None:
+            self.model, self.params = few_token_model(self.params, self.n_head)
+        n, batch_size = self.options.n_tokens_to_generate, self.options.batch_size
+        return generate_batch(requests, self.params, self.n_head, n, batch_size, self.stop_id, self.model)
+
+    def with_bar(self, items, total, unit):
+        """The same items, with a bar on standard error where a person would otherwise watch nothing happen."""
+        if not sys.stderr.isatty():
+            return items
+        from tqdm import tqdm
+
+        return tqdm(items, total=total, desc="generating", unit=unit, leave=False)
+
+
+def n_numbers(hparams):
+    return sum(math.prod(shape) for shape in tensor_shapes(**hparams).values())
+
+
+class Writer:
+    """Continues the prompts of one run and prints the texts."""
+
+    def __init__(self, options):
+        self.options = options
+        self.stream = sys.stdout.isatty() and options.n_samples == 1 if options.stream is None else options.stream
+        self.first_prompt = None if options.interactive else read_prompt(options)
+        self.continuer = Continuer(options)
 
     def run(self):
         if self.options.interactive:
@@ -212,38 +321,36 @@ class Writer:
                     print(f"error: {error}", file=sys.stderr)
 
     def answer(self, prompt):
-        """Prints --n_samples continuations of a prompt."""
-        options = self.options
-        ids = self.start_ids(prompt)
-        for i in range(options.n_samples):
-            if options.n_samples > 1:
-                print(f"=== sample {i + 1} ===", flush=True)
-            seed = None if options.seed is None else options.seed + i
-            sample = make_sampler(options.temperature, options.top_k, options.top_p, seed)
-            stop_id = self.end_of_text if options.stop_at_end_of_text else None
-            n = options.n_tokens_to_generate
-            self.show(generate_tokens(ids, self.params, self.hparams["n_head"], n, sample, stop_id))
-
-    def start_ids(self, prompt):
+        """Prints --n_samples continuations of a prompt; if nobody watches them come, all are made at once."""
         if prompt.endswith(" "):
             print("note: the prompt ends with a space, which GPT-2 expects before the next word", file=sys.stderr)
-        ids = self.encoder.encode(prompt) or self.encoder.start_ids()
-        n_ctx, n_new = self.hparams["n_ctx"], self.options.n_tokens_to_generate
-        try:
-            check_context(len(ids), n_new, n_ctx)
-        except ValueError:
-            fewer = f" or set --n_tokens_to_generate to {n_ctx - len(ids)}" if len(ids) < n_ctx else ""
-            raise UserError(
-                f"{len(ids)} prompt tokens + {n_new} to generate = {len(ids) + n_new}, more than the {n_ctx} of the "
-                f"model's context; shorten the prompt{fewer}"
-            ) from None
-        return ids
+        ids, n_samples, started = self.continuer.start_ids(prompt), self.options.n_samples, time.perf_counter()
+        if n_samples == 1:
+            self.show(self.continuer.generate_tokens(ids, 1))
+        elif self.stream or self.continuer.speculation:
+            for i in range(1, n_samples + 1):
+                print(f"=== sample {i} ===", flush=True)
+                self.show(self.continuer.generate_tokens(ids, i))
+        else:
+            self.answer_at_once(ids, n_samples)
+        if self.continuer.speculation:
+            seconds = time.perf_counter() - started
+            print(f"note: {self.continuer.speculation.report(seconds)}", file=sys.stderr)
+
+    def answer_at_once(self, ids, n_samples):
+        request = (None, ids, [self.continuer.sampler(i) for i in range(1, n_samples + 1)])
+        results = ((i, new_ids) for (_, i), new_ids, _ in self.continuer.generate_batch([request]))
+        ordered = in_order(results, range(1, n_samples + 1))
+        for i, new_ids in enumerate(self.continuer.with_bar(ordered, n_samples, "sample"), 1):
+            print(f"=== sample {i} ===\n{self.continuer.encoder.decode(new_ids)}", flush=True)
 
     def show(self, tokens):
         """Prints tokens as text, as they come or all at once; what there is when Ctrl-C comes is printed too."""
         text = ""
+        if not self.stream:
+            tokens = self.continuer.with_bar(tokens, self.options.n_tokens_to_generate, "token")
         try:
-            for piece in self.encoder.decode_stream(self.with_progress(tokens)):
+            for piece in self.continuer.encoder.decode_stream(tokens):
                 if self.stream:
                     print(piece, end="", flush=True)
                 else:
@@ -252,14 +359,6 @@ class Writer:
             print(text, flush=True)
             raise
         print(text, flush=True)
-
-    def with_progress(self, tokens):
-        """The same tokens, with a bar on standard error where a person would otherwise watch nothing happen."""
-        if self.stream or not sys.stderr.isatty():
-            return tokens
-        from tqdm import tqdm
-
-        return tqdm(tokens, total=self.options.n_tokens_to_generate, desc="generating", unit="token", leave=False)
 
 
 def read_line():

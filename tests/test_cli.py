@@ -637,8 +637,7 @@ def hanging(*arguments):
     return [sys.executable, "-c", HANGS_AFTER_THREE, *arguments]
 
 
-@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
-@pytest.mark.parametrize("n_samples", [1, 2])
+@pytest.mark.parametrize(("stream", "n_samples"), [("--stream", 1), ("--no-stream", 1), ("--stream", 2)])
 def test_interrupt_prints_what_there_is(letters_flags, stream, n_samples):
     with started(hanging("x", stream, "--n_samples", str(n_samples), *letters_flags)) as process:
         assert process.stderr.readline() == b"three are out\n"

@@ -1,0 +1,205 @@
+"""Several tokens of one text in a pass: something cheap guesses them, and one pass of the model checks the guesses.
+
+(Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding".) The guesses are a smaller model's,
+or what followed the same words earlier in the text (Saxena 2023, "Prompt Lookup Decoding").
+
+Guesses change how many tokens a pass gives, never which. Every token is chosen from the model's logits by the sampler
+that would have chosen it without: the logits behind a guess count only if that guess was chosen too. For draws this is
+the paper's rejection sampling (its algorithm 1), for the guesses here are certain (q = 1): to keep a guess x with
+probability p(x), and else to draw from p without x, is to draw from p and see whether it is x. So a seed, too, gives
+the tokens it gives without guesses.
+
+The logits of a pass over several tokens are rounded differently from those of one token, by some 1e-5. Where the two
+largest are closer than that the other one may be chosen; of equal ones, as always, the lower id.
+"""
+
+import numpy as np
+
+import gpt2
+from columns import LEAST_ROWS
+from parallel import few_token_model, has_small_kernels, share_caches, whole_caches
+
+MOST_GUESSES = 15  # with the token before them 16 rows, what columns.py takes at once
+LONGEST_MATCH = 4  # tokens; a longer match says little more about what comes next
+LAYOUT_COST = 30  # passes that few_token_model takes the time of
+
+
+class Lookup:
+    """Guesses that the text goes on as it did where its last tokens stood before, the latest such place."""
+
+    cost = 0  # of a guess, in passes of the model
+
+    def __init__(self):
+        self.places, self.n_read = {}, 0  # by some tokens: where the token after them stands
+
+    def guess(self, text, n):
+        """Up to n token ids to follow the text (ids too), which each time begins with the text of the time before."""
+        for place in range(self.n_read, len(text)):
+            for length in range(1, min(LONGEST_MATCH, place) + 1):
+                self.places[tuple(text[place - length : place])] = place
+        self.n_read = len(text)
+        lengths = range(min(LONGEST_MATCH, len(text)), 0, -1)
+        place = next(filter(None, (self.places.get(tuple(text[-length:])) for length in lengths)), None)
+        if place is None:
+            return []
+        guessed = text[place : place + n]
+        while len(guessed) < n:  # the place is near the end: the text repeats itself, and so does the guess
+            guessed.append(guessed[place - len(text)])
+        return guessed
+
+
+class Draft:
+    """Guesses what a smaller model would choose greedily. It keeps a cache of its own."""
+
+    def __init__(self, params, n_head, cost):
+        self.params, self.n_head, self.cost = params, n_head, cost
+        self.n_ctx = params["wpe"].shape[0]
+        self.text, self.cache = [], [gpt2.KVCache(self.n_ctx) for _ in params["blocks"]]
+
+    def guess(self, text, n):
+        """Up to n token ids to follow the text, fewer where the context of the model ends."""
+        guessed = []
+        while len(guessed) < min(n, self.n_ctx - len(text)):
+            logits = self.read(text + guessed)
+            guessed.append(int(logits.argmax()))
+        return guessed
+
+    def read(self, text):
+        """The logits after a text; what it has in common with the text before comes out of the cache."""
+        pairs = enumerate(zip(self.text, text[:-1], strict=False))
+        n_past = next((i for i, (a, b) in pairs if a != b), min(len(self.text), len(text) - 1))
+        for layer in self.cache:
+            layer.n_past = n_past
+        self.text = text
+        return gpt2.feed(text[n_past:], self.params, self.n_head, self.cache)
+
+
+def cheap_pass(n_tokens):
+    """What a pass of few_token_model costs, in plain passes of one token (bench/speculate.py)."""
+    return 1.05 + 0.05 * max(n_tokens, LEAST_ROWS)
+
+
+def packed_pass(n_tokens):
+    """The same where there is no such model."""
+    return 2.4 + 0.06 * n_tokens if n_tokens > 1 else 1
+
+
+class Odds:
+    """How guesses fared lately, and what follows from it. Costs are in plain passes of one token."""
+
+    def __init__(self, guess_cost):
+        self.pass_cost = cheap_pass if has_small_kernels() else packed_pass
+        self.guess_cost = guess_cost
+        self.right, self.tried = 1.0, 2.0  # guesses: those behind a wrong one were not tried
+        self.tokens, self.cost = 20.0, 16.0  # begun with trust, which some passes without a right guess use up
+
+    def saw(self, n_right, n_guesses):
+        """One pass: the first n_right of its guesses were right."""
+        self.right = 0.9 * self.right + n_right
+        self.tried = 0.9 * self.tried + max(1, min(n_right + 1, n_guesses))
+        self.tokens = 0.97 * self.tokens + n_right + 1
+        self.cost = 0.97 * self.cost + self.pass_cost(n_guesses + 1) + n_guesses * self.guess_cost
+
+    def speed(self, n):
+        """Tokens in the time of a plain pass if n are guessed each time (Leviathan et al. 2023, theorem 3.8)."""
+        rate = self.right / self.tried
+        return sum(rate**i for i in range(n + 1)) / (self.pass_cost(n + 1) + n * self.guess_cost)
+
+    def best(self):
+        """How many to guess."""
+        return max(range(1, MOST_GUESSES + 1), key=self.speed)
+
+    def pay(self):
+        """Whether guessing was faster, lately, than going token by token."""
+        return self.tokens > self.cost
+
+    def doubt(self):
+        """From now on it takes many right guesses in a row until best() is fast."""
+        self.right, self.tried, self.tokens, self.cost = 0.0, 16.0, 20.0, 16.0
+
+
+class Speculation:
+    """Continues texts with one model and the help of guesses.
+
+    make_guesser: makes what guesses for one text: Lookup, or a function that returns a Draft.
+    eager: the weights are copied into the layout for guessing (few_token_model) at once; else as soon as guesses would
+    have been right often enough to pay for that. Where guesses from the text no longer pay, the copy goes, and it
+    continues token by token with the params given.
+
+    Counted over all texts: passes, tokens (as many where no guess is right), guessed.
+    """
+
+    def __init__(self, params, n_head, make_guesser=Lookup, eager=True):
+        self.plain_params, self.n_head, self.make_guesser = params, n_head, make_guesser
+        self.passes = self.tokens = self.guessed = 0
+        self.model, self.params, self.guessing = gpt2, params, False
+        if eager:
+            self.start_guessing([])
+
+    def report(self, seconds):
+        """One line about what was done since the last report."""
+        text = (
+            f"{self.tokens} tokens in {self.passes} passes, {self.tokens / max(self.passes, 1):.2f} a pass; "
+            f"{self.tokens - self.passes} of {self.guessed} guesses were right; {self.tokens / seconds:.1f} tokens/s"
+        )
+        self.passes = self.tokens = self.guessed = 0
+        return text
+
+    def start_guessing(self, cache):
+        self.model, self.params = few_token_model(self.plain_params, self.n_head)
+        self.guessing = True
+        return share_caches(cache, self.params)
+
+    def stop_guessing(self, cache):
+        self.model, self.params, self.guessing = gpt2, self.plain_params, False
+        return whole_caches(cache)
+
+    def generate_tokens(self, inputs, n_tokens_to_generate, sample=np.argmax, stop_id=None):
+        """Yields the ids that gpt2.generate_tokens yields; raises what it raises."""
+        if len(inputs) == 0:
+            raise ValueError("at least one token is needed to start from")
+        gpt2.check_context(len(inputs), n_tokens_to_generate, self.plain_params["wpe"].shape[0])
+        text, end = list(inputs), len(inputs) + n_tokens_to_generate
+        cache = [self.model.KVCache(end) for _ in self.plain_params["blocks"]]
+        guesser = self.make_guesser()
+        odds = Odds(guesser.cost)
+        if not self.guessing:
+            odds.doubt()
+        new_ids, guesses = text[:], []  # what the cache has not seen yet, and what may follow
+        while len(text) < end:
+            n_right = 0
+            for logits in self.check(new_ids, guesses, cache):
+                next_id = int(sample(logits))
+                if next_id == stop_id:
+                    return
+                text.append(next_id)
+                self.tokens += 1
+                yield next_id
+                if guesses[n_right : n_right + 1] != [next_id]:
+                    break
+                n_right += 1
+            for layer in cache:
+                layer.n_past = len(text) - 1  # what followed a wrong guess is forgotten
+            odds.saw(n_right, len(guesses))
+            cache = self.adapt(cache, odds, end - len(text))
+            n_guesses = min(odds.best() if self.guessing else 1, end - len(text) - 1)
+            new_ids, guesses = text[-1:], guesser.guess(text, max(n_guesses, 0))
+
+    def check(self, new_ids, guesses, cache):
+        """The logits after new_ids and after each guess, [n_guesses+1, n_vocab]; only the first if not guessing."""
+        self.passes += 1
+        if not (self.guessing and guesses):
+            return [self.model.feed(new_ids, self.params, self.n_head, cache)]
+        self.guessed += len(guesses)
+        return self.model.gpt2([*new_ids, *guesses], **self.params, n_head=self.n_head, cache=cache)
+
+    def adapt(self, cache, odds, n_left):
+        """Takes guessing up or leaves it, as the odds say; returns the cache to go on with."""
+        if self.guessing and not odds.pay() and not odds.guess_cost:
+            odds.doubt()
+            return self.stop_guessing(cache)
+        speed = odds.speed(odds.best())
+        if not self.guessing and speed > 1.5 and n_left * (1 - 1 / speed) > LAYOUT_COST:
+            odds.tokens, odds.cost = 20.0, 16.0
+            return self.start_guessing(cache)
+        return cache
