@@ -16,7 +16,9 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 from common import MODELS_DIR, NAME, model_124m
 
+from batch import generate_batch, in_order
 from gpt2 import generate, generate_tokens
+from parallel import few_token_model
 
 N_THREADS = 2
 
@@ -31,8 +33,18 @@ class Ours:
     def run(self, ids, n_tokens):
         yield from generate_tokens(ids, self.params, self.n_head, n_tokens)
 
+    @functools.cached_property
+    def laid_out(self):
+        return few_token_model(self.params, self.n_head)
+
     def run_batch(self, rows, n_tokens):
-        return [generate(ids, self.params, self.n_head, n_tokens) for ids in rows]
+        """One row as a run of gpt2.py makes it, several as --prompts_file does."""
+        if len(rows) == 1:
+            return [generate(rows[0], self.params, self.n_head, n_tokens)]
+        model, params = self.laid_out
+        requests = ((i, ids, [np.argmax]) for i, ids in enumerate(rows))
+        results = generate_batch(requests, params, self.n_head, n_tokens, len(rows), model=model)
+        return list(in_order(((i, ids) for (i, _), ids, _ in results), range(len(rows))))
 
 
 class Stepwise:
