@@ -20,10 +20,11 @@ class RowCaches:
         self.caches = caches
 
     @property
-    def n_past(self):  # -> [batch, 1]
-        return np.array([[cache.n_past] for cache in self.caches])
+    def n_past(self):
+        return np.array([[cache.n_past] for cache in self.caches])  # -> [batch, 1]
 
-    def attend(self, q, k, v):  # [batch, n_head, n_seq, d] each -> [batch, n_head, n_seq, d]
+    def attend(self, q, k, v):  # [b, h, n_seq, d], [b, h, n_seq, d], [b, h, n_seq, d] -> [b, h, n_seq, d]
+        """Each row to its own cache: b rows, h heads."""
         return np.stack([cache.attend(*row) for cache, *row in zip(self.caches, q, k, v, strict=True)])
 
     @functools.cached_property

@@ -44,7 +44,7 @@ class Columns:
     def __rmatmul__(self, x):  # [rows, n_in] -> [rows, n_out]
         return self.product(x) if len(x) < MANY_ROWS else x @ self.whole()
 
-    def product(self, x, in_pieces=lambda work, n: work(slice(n))):  # [rows, n_in] -> [rows, n_out]
+    def product(self, x, in_pieces=lambda work, n: work(slice(n))):  # [n_rows, n_in] -> [n_rows, n_out]
         """in_pieces(work, n) calls work with slices that make up range(n): threads may take some each."""
         n_block, n_part, n_in_part, _ = self.blocks.shape
         x, n_rows = padded(x), len(x)
@@ -54,7 +54,7 @@ class Columns:
         y_blocks = np.moveaxis(y.reshape(turns, rows, n_block, WIDTH), 2, 0)  # -> [n_block, turns, rows, WIDTH]
 
         def work(part):
-            blocks = self.blocks[part, None]  # -> [some blocks, 1, n_part, n_in_part, WIDTH]
+            blocks = self.blocks[part, None]  # -> [n_some, 1, n_part, n_in_part, WIDTH]
             if n_part == 1:
                 np.matmul(x, blocks, out=y_blocks[part, :, None])
             else:
@@ -88,7 +88,7 @@ class Table:
         return self.T.take(ids)
 
 
-def padded(x):  # [rows, n_in] -> [turns, rows a turn, n_in]
+def padded(x):  # [n, n_in] -> [turns, rows, n_in]
     """Rows in as few equal turns as FEW_ROWS allows, with rows of zeros where they do not come out even."""
     turns = -(-len(x) // FEW_ROWS)
     rows = max(LEAST_ROWS, -(-len(x) // turns))

@@ -15,6 +15,7 @@ import gpt2
 from parallel import few_token_model
 
 PASSES, N_TOKENS, IDLE = 7, 33, 0.3
+BATCHES = (1, 8, 32)
 
 
 def pass_seconds(model, params, n_head, context, k):
@@ -67,40 +68,31 @@ def measure(engine, n_rows, n_tokens):
 
 
 def batch_table(found, rounds):
-    rows = []
-    for n_rows in (1, 8, 32):
-        results, speeds = {engine: [] for engine in found}, []
-        for turn in range(rounds):
-            speeds.append(bandwidth([read_seconds()]))
-            first = turn % len(found)
+    results, speeds = {(n_rows, engine): [] for n_rows in BATCHES for engine in found}, {n: [] for n in BATCHES}
+    for turn in range(rounds):
+        first = turn % len(found)
+        for n_rows in BATCHES:
+            speeds[n_rows].append(bandwidth([read_seconds()]))
             for engine in found[first:] + found[:first]:
-                results[engine].append(engine.call(measure, n_rows, N_TOKENS))
+                results[n_rows, engine].append(engine.call(measure, n_rows, N_TOKENS))
+    rows = []
+    for n_rows in BATCHES:
         for engine in found:
-            rows.append(
-                [
-                    n_rows,
-                    engine.name,
-                    *columns(n_rows, results[found[0]], results[engine]),
-                    f"{median(speeds) / 1e9:.1f}",
-                ]
-            )
-    head = ["batch", "engine", "ms a pass", "tokens/s", "ours / theirs", "tokens/s with prompts", "ours / theirs"]
-    table([*head, "same ids", "read GB/s"], rows)
+            compared = [results[key] for key in ((n_rows, engine), (n_rows, found[0]), (1, engine))]
+            speed = f"{median(speeds[n_rows]) / 1e9:.1f}"
+            rows.append([n_rows, engine.name, *columns(n_rows, *compared), speed])
+    head = ["batch", "engine", "ms a pass", "tokens/s", "times one row", "ours / theirs"]
+    table([*head, "tokens/s with prompts", "ours / theirs", "same ids", "read GB/s"], rows)
 
 
-def columns(n_rows, ours, theirs):
-    """Tokens a second from the results of each round, and medians of the ratios within a round."""
-    step, whole = (ratio([b[i] for b in theirs], [a[i] for a in ours]) for i in (1, 2))
-    step_speed, speed = n_rows / median(b[1] for b in theirs), n_rows * N_TOKENS / median(b[2] for b in theirs)
-    same = all(a[0] == b[0] for a, b in zip(ours, theirs, strict=True))
-    return [
-        f"{1000 * n_rows / step_speed:.1f}",
-        f"{step_speed:.0f}",
-        step,
-        f"{speed:.0f}",
-        whole,
-        "yes" if same else "NO",
-    ]
+def columns(n_rows, theirs, ours, alone):
+    """An engine's cells from its results of each round, those of ours, and its own for one row."""
+    ids, step, whole = zip(*theirs, strict=True)
+    our_ids, our_step, our_whole = zip(*ours, strict=True)
+    times = median(n_rows * a[1] / b for a, b in zip(alone, step, strict=True))
+    speed, whole_speed = n_rows / median(step), n_rows * N_TOKENS / median(whole)
+    cells = [f"{1000 * median(step):.1f}", f"{speed:.0f}", f"{times:.1f}", ratio(step, our_step)]
+    return [*cells, f"{whole_speed:.0f}", ratio(whole, our_whole), "yes" if ids == our_ids else "NO"]
 
 
 def main():

@@ -52,6 +52,12 @@ def growth(params, n_head, rounds):
     return ratios
 
 
+def linear(params, n_head):
+    """The time of 990 tokens after a prompt of 32 over 990 times that of one of the first 20."""
+    spent = times(generate_tokens(random_ids(32), params, n_head, 991), 991)[1:]
+    return sum(spent) / len(spent) / median(spent[:20])
+
+
 def main():
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 7
     _, hparams, params = model_124m()
@@ -61,6 +67,8 @@ def main():
     table(head, [decode_row(context, params, hparams["n_head"], rounds) for context in (32, 512, 900)])
     ratios = growth(params, hparams["n_head"], max(3, rounds // 2))
     print(f"200 tokens: the last 20 cost {median(ratios):.2f} times the first 20 [{min(ratios):.2f}-{max(ratios):.2f}]")
+    ratios = [linear(params, hparams["n_head"]) for _ in range(3)]
+    print(f"990 tokens: {median(ratios):.2f} times as long as if each took as long as the first 20 do")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 import gc
 import json
 import os
+import re
+import signal
+import time
 import weakref
 
 import numpy as np
@@ -14,8 +17,9 @@ import gpt2
 import parallel
 from checkpoint import nest
 from sampling import make_sampler
-from tests.conftest import PROMPTS, TINY
+from tests.conftest import PROMPTS, ROOT, TINY
 from tests.random_model import random_tensors
+from tests.test_cli import SECONDS, command, started
 from tests.test_parallel import continued, hugging_face_model
 
 N = 12
@@ -265,6 +269,30 @@ def test_an_interrupted_run_goes_on(inside, flags, prompts_file, tmp_path):
         part.write_bytes(data[:cut])
         assert inside(*arguments, "--output", part) == (0, "", "")
         assert part.read_bytes() == data
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_stopped_at_any_time_goes_on(flags, inside, tmp_path, how):
+    prompts, output, whole = tmp_path / "p", tmp_path / "out", tmp_path / "whole"
+    prompts.write_text("".join(f"prompt {i}\n" for i in range(60)), encoding="utf-8")
+    flags = [*flags[:-1], "100", "--prompts_file", str(prompts)]
+    with started(command(*flags, "--output", output)) as process:
+        while not (output.exists() and output.read_bytes()):
+            time.sleep(0.01)
+        process.send_signal(how)
+        process.communicate(timeout=SECONDS)
+    n_lines = output.read_bytes().count(b"\n")
+    assert 0 < n_lines < 60, "not stopped in the middle"
+    assert process.returncode == (130 if how == signal.SIGINT else -9)
+    assert inside(*flags, "--output", output)[0] == inside(*flags, "--output", whole)[0] == 0
+    assert output.read_bytes() == whole.read_bytes()
+
+
+def test_readme_shows_what_is_printed(inside, tmp_path):
+    shown = re.search(r'^\{"prompt": .*$', (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)[0]
+    (tmp_path / "p").write_text(json.loads(shown)["prompt"] + "\n", encoding="utf-8")
+    flags = ["--model_size", "shakespeare", "--models_dir", ROOT / "models", "--n_tokens_to_generate", 12]
+    assert inside("--prompts_file", tmp_path / "p", *flags)[1] == shown + "\n"
 
 
 def test_prompts_that_are_done_are_skipped_wherever_they_stand(inside, flags, tmp_path):

@@ -6,9 +6,12 @@ Random weights, real shapes; 2 GB on disk for a minute. Not run by default: pyte
 import numpy as np
 import pytest
 
+import batch
 import fused
 import gpt2
 import gpt2_pico
+import parallel
+import speculate
 from data import encode_splits
 from encoder import get_encoder
 from optim import AdamW
@@ -71,6 +74,39 @@ def test_logits_and_64_greedy_ids(ours, theirs, prompt):
         new,
         lambda i: their_logits(theirs, [ids + new[:i]])[0, -1],
     )
+
+
+@pytest.fixture(scope="module")
+def laid_out(ours):
+    """few_token_model's, whatever kernels this processor has."""
+    _, hparams, params = ours
+    return parallel.shared(params, hparams["n_head"], 2)
+
+
+def test_twelve_prompts_at_once_and_5_at_a_time(ours, theirs, laid_out):
+    encoder, hparams, _ = ours
+    model, params = laid_out
+    prompts = [prompt_ids(encoder, prompt) for prompt in PROMPTS]
+    requests = [(i, ids, [np.argmax]) for i, ids in enumerate(prompts)]
+    for key, ids, _ in batch.generate_batch(requests, params, hparams["n_head"], 64, 5, model=model):
+        start, new = prompts[key[0]], their_greedy_ids(theirs, prompts[key[0]], 64)
+        assert_same_ids(ids, new, lambda i, start=start, new=new: their_logits(theirs, [start + new[:i]])[0, -1])
+
+
+def test_guessed_tokens_are_the_same(ours, theirs, laid_out, monkeypatch):
+    encoder, hparams, params = ours
+    n_head = hparams["n_head"]
+    monkeypatch.setattr(speculate, "few_token_model", lambda *_: laid_out)
+    monkeypatch.setattr(speculate, "has_small_kernels", lambda: True)
+    for prompt in PROMPTS:
+        ids = prompt_ids(encoder, prompt) * 4
+        new = their_greedy_ids(theirs, ids, 64)
+        draft = speculate.Draft(params, n_head, 0.5)  # the model itself: all its guesses are right
+        for make_guesser in (speculate.Lookup, lambda draft=draft: draft):
+            speculation = speculate.Speculation(params, n_head, make_guesser)
+            found = list(speculation.generate_tokens(ids, 64))
+            assert_same_ids(found, new, lambda i, ids=ids, new=new: their_logits(theirs, [ids + new[:i]])[0, -1])
+        assert speculation.passes < 40
 
 
 def test_pico_gives_the_same_ids(ours):

@@ -10,8 +10,11 @@ import pathlib
 import numpy as np
 import pytest
 
+import batch
 import gpt2
 import gpt2_pico
+import parallel
+from speculate import Speculation
 from tests.conftest import ROOT
 from tests.test_gpt2 import prompt_ids
 from utils import load_encoder_hparams_and_params
@@ -76,6 +79,19 @@ def test_published_text(model, prompt, n_tokens, expected):
 def test_published_ids(model, prompt, expected):
     encoder, hparams, params = model
     assert gpt2.generate(encoder.encode(prompt), params, hparams["n_head"], len(expected)) == expected
+
+
+def test_all_at_once_and_with_guesses_they_say_the_same(model):
+    encoder, hparams, params = model
+    n_head = hparams["n_head"]
+    few_token = parallel.few_token_model(params, n_head)
+    requests = [(i, prompt_ids(encoder, prompt), [np.argmax]) for i, (prompt, _, _) in enumerate(CONTINUATIONS)]
+    together = batch.generate_batch(requests, few_token[1], n_head, 40, 4, model=few_token[0])
+    texts = {key: encoder.decode(ids) for (key, _), ids, _ in together}
+    for i, (prompt, n_tokens, expected) in enumerate(CONTINUATIONS):
+        assert texts[i].startswith(expected)
+        guessed = Speculation(params, n_head).generate_tokens(prompt_ids(encoder, prompt), n_tokens)
+        assert encoder.decode(guessed).startswith(expected)
 
 
 def test_pico_says_the_same(model):

@@ -13,9 +13,12 @@ import sys
 import numpy as np
 import pytest
 
+import batch
+import columns
 import data
 import fused
 import gpt2
+import parallel
 import sampling
 import train
 from checkpoint import nest
@@ -128,6 +131,26 @@ def test_the_shape_comments_of_sampling_are_true():
     logits = np.arange(10, dtype=np.float32)
     traced(checker, lambda: sampling.distribution(logits, top_k=5, top_p=0.9))
     assert checker.checked == set(checker.comments)
+
+
+def test_the_shape_comments_of_decoding_are_true(tiny):
+    """columns.py, parallel.py and batch.py, with a team of one: only this thread is traced."""
+    _, hparams, params = tiny
+    requests = [(0, [1, 2, 3], [np.argmax]), (1, [4], [np.argmax])]
+    wide = np.ones((3072, 70), dtype=np.float32)
+
+    def run():
+        model, laid_out = parallel.shared(params, hparams["n_head"], 1)
+        list(batch.generate_batch(requests, laid_out, hparams["n_head"], 3, model=model))
+        list(batch.generate_batch(requests, params, hparams["n_head"], 3))
+        np.ones((20, 3072), dtype=np.float32) @ columns.Columns(wide)
+        np.ones((200, 3072), dtype=np.float32) @ columns.Columns(wide)
+
+    for module in (columns, parallel, batch):
+        checker = Checker(module)
+        traced(checker, run)
+        assert checker.checked == set(checker.comments), module
+        assert checker.checked
 
 
 def test_the_shape_comments_of_training_are_true():
