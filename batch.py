@@ -2,7 +2,8 @@
 
 Rows come and go (continuous batching; Yu et al. 2022, "Orca", section 3.2): one that is done leaves, and the next
 prompt takes its place in the next pass. A row has its own cache, position and sampler; attention goes row by row over
-exactly the positions a row has. Nothing is padded, and nothing that a row gets depends on its neighbours.
+exactly the positions a row has. Nothing is padded, and what a row gets does not depend on its neighbours, but for the
+rounding of products (columns.py).
 """
 
 import copy
@@ -55,9 +56,7 @@ class Row:
 def start_rows(requests, params, n_head, n_tokens_to_generate, stop_id, model):
     """Yields the rows of each request with their first token; they share the passes over the prompt."""
     for key, inputs, samplers in requests:
-        if len(inputs) == 0:
-            raise ValueError("at least one token is needed to start from")
-        model.check_context(len(inputs), n_tokens_to_generate, params["wpe"].shape[0])
+        gpt2.check_request(inputs, n_tokens_to_generate, params["wpe"].shape[0])
         cache = [model.KVCache(len(inputs) + n_tokens_to_generate) for _ in params["blocks"]]
         logits = model.feed(inputs, params, n_head, cache) if n_tokens_to_generate else None
         for i, sample in enumerate(samplers, 1):
@@ -74,8 +73,10 @@ def generate_batch(requests, params, n_head, n_tokens_to_generate, batch_size=8,
     requests: triples of a key, a prompt's ids, and a list of samplers, one for each continuation of it, i from 1 up.
     The next is asked for when a row is free, so memory is that of batch_size rows.
     model: the module gpt2, or few_token_model's (parallel.py) with the params that belong to it.
-    Raises ValueError when a prompt is empty or does not fit into the model's context.
+    Raises ValueError when a prompt is empty or does not fit into the model's context, or batch_size is not positive.
     """
+    if batch_size < 1:
+        raise ValueError(f"{batch_size} rows at a time are too few, at least 1")
     waiting = start_rows(requests, params, n_head, n_tokens_to_generate, stop_id, model)
     rows, caches = [], None
     while True:

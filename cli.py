@@ -120,9 +120,19 @@ def make_parser():
         default=None,
         help="show tokens as they are made (default: one sample on a terminal; several are made at once)",
     )
-    add("--prompts_file", metavar="FILE", help="a prompt a line; prints a line of JSON for each continuation")
-    add("--output", metavar="FILE", help="append those lines to a file, less the prompts that are in it already")
-    add("--batch_size", type=positive_number, default=8, metavar="N", help="rows at a time, of both kinds (default 8)")
+    add(
+        "--prompts_file",
+        metavar="FILE",
+        help="a prompt a line (an empty one: text from nothing), - for standard input; prints a line of JSON for each",
+    )
+    add("--output", metavar="FILE", help="append those lines to a file, but for what is in it already")
+    add(
+        "--batch_size",
+        type=positive_number,
+        default=8,
+        metavar="N",
+        help="how many of the --prompts_file, or of --n_samples, are continued at once (default 8)",
+    )
     add(
         "--speculate",
         choices=("off", "lookup", "auto"),
@@ -281,13 +291,33 @@ class Continuer:
         n, batch_size = self.options.n_tokens_to_generate, self.options.batch_size
         return generate_batch(requests, self.params, self.n_head, n, batch_size, self.stop_id, self.model)
 
-    def with_bar(self, items, total, unit):
-        """The same items, with a bar on standard error where a person would otherwise watch nothing happen."""
-        if not sys.stderr.isatty():
-            return items
-        from tqdm import tqdm
 
-        return tqdm(items, total=total, desc="generating", unit=unit, leave=False)
+def with_bar(items, total, unit, printed):
+    """The same items, with a bar on standard error where a person would otherwise watch nothing happen.
+
+    printed: whether each is printed when it has come; the bar makes room for it.
+    """
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc="generating", unit=unit, leave=False) as bar:
+        for item in items:
+            if printed:
+                bar.clear()
+            yield item
+            bar.update()
+
+
+def noting(sample, ids):
+    """The sampler, which also puts down what it chose."""
+
+    def sample_and_note(logits):
+        ids.append(int(sample(logits)))
+        return ids[-1]
+
+    return sample_and_note
 
 
 def n_numbers(hparams):
@@ -324,31 +354,45 @@ class Writer:
         """Prints --n_samples continuations of a prompt; if nobody watches them come, all are made at once."""
         if prompt.endswith(" "):
             print("note: the prompt ends with a space, which GPT-2 expects before the next word", file=sys.stderr)
-        ids, n_samples, started = self.continuer.start_ids(prompt), self.options.n_samples, time.perf_counter()
+        ids, n_samples = self.continuer.start_ids(prompt), self.options.n_samples
+        speculation = self.continuer.speculation
+        started = time.perf_counter()
+        if speculation:
+            speculation.count_anew()
         if n_samples == 1:
             self.show(self.continuer.generate_tokens(ids, 1))
-        elif self.stream or self.continuer.speculation:
+        elif self.stream or speculation:
             for i in range(1, n_samples + 1):
                 print(f"=== sample {i} ===", flush=True)
                 self.show(self.continuer.generate_tokens(ids, i))
         else:
             self.answer_at_once(ids, n_samples)
-        if self.continuer.speculation:
-            seconds = time.perf_counter() - started
-            print(f"note: {self.continuer.speculation.report(seconds)}", file=sys.stderr)
+        if speculation:
+            print(f"note: {speculation.report(time.perf_counter() - started)}", file=sys.stderr)
 
     def answer_at_once(self, ids, n_samples):
-        request = (None, ids, [self.continuer.sampler(i) for i in range(1, n_samples + 1)])
+        """Prints each sample when it is complete; when Ctrl-C comes, what there is of the others."""
+        numbers, drawn = range(1, n_samples + 1), {i: [] for i in range(1, n_samples + 1)}
+        request = (None, ids, [noting(self.continuer.sampler(i), drawn[i]) for i in numbers])
         results = ((i, new_ids) for (_, i), new_ids, _ in self.continuer.generate_batch([request]))
-        ordered = in_order(results, range(1, n_samples + 1))
-        for i, new_ids in enumerate(self.continuer.with_bar(ordered, n_samples, "sample"), 1):
-            print(f"=== sample {i} ===\n{self.continuer.encoder.decode(new_ids)}", flush=True)
+        try:
+            for new_ids in with_bar(in_order(results, numbers), n_samples, "sample", printed=True):
+                i = n_samples - len(drawn) + 1
+                self.show_sample(i, new_ids)
+                del drawn[i]
+        except KeyboardInterrupt:
+            for i, new_ids in drawn.items():
+                self.show_sample(i, [token for token in new_ids if token != self.continuer.stop_id])
+            raise
+
+    def show_sample(self, i, new_ids):
+        print(f"=== sample {i} ===\n{self.continuer.encoder.decode(new_ids)}", flush=True)
 
     def show(self, tokens):
         """Prints tokens as text, as they come or all at once; what there is when Ctrl-C comes is printed too."""
         text = ""
         if not self.stream:
-            tokens = self.continuer.with_bar(tokens, self.options.n_tokens_to_generate, "token")
+            tokens = with_bar(tokens, self.options.n_tokens_to_generate, "token", printed=False)
         try:
             for piece in self.continuer.encoder.decode_stream(tokens):
                 if self.stream:

@@ -5,7 +5,7 @@ that is nothing; for 2 to 16 rows it takes longer than the product, and two toke
 kernels that do without for products of at most 10^6 multiplications, so the weight is stored as many small matrices of
 64 columns, each contiguous, and np.matmul goes over them: every number is read once, in the order it lies in memory.
 
-A row of a product has the same bits whichever rows are beside it, and however many, below MANY_ROWS: a test insists.
+A row of a product has the same bits whichever rows are beside it, and however many below MANY_ROWS: a test insists.
 """
 
 import numpy as np
@@ -18,8 +18,11 @@ SMALL_PRODUCT = 10**6  # multiplications; above that OpenBLAS packs
 
 
 def n_parts(n_in):
-    """In how many equal parts a sum of n_in products is cut so that FEW_ROWS times a block is small; 0 if in none."""
-    return next((n for n in range(1, n_in // 64 + 2) if n_in % n == 0 and fits(n_in // n)), 0)
+    """In how few equal parts a sum of n_in products can be cut so that FEW_ROWS rows times a part of a block are small.
+
+    0 if only in parts shorter than a block is wide.
+    """
+    return next((n for n in range(1, n_in // WIDTH + 2) if n_in % n == 0 and fits(n_in // n)), 0)
 
 
 def fits(n_in):
@@ -90,7 +93,7 @@ class Table:
 
 def padded(x):  # [n, n_in] -> [turns, rows, n_in]
     """Rows in as few equal turns as FEW_ROWS allows, with rows of zeros where they do not come out even."""
-    turns = -(-len(x) // FEW_ROWS)
+    turns = max(1, -(-len(x) // FEW_ROWS))
     rows = max(LEAST_ROWS, -(-len(x) // turns))
     if turns * rows > len(x):
         x = np.concatenate([x, np.zeros((turns * rows - len(x), x.shape[1]), x.dtype)])

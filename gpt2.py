@@ -71,6 +71,13 @@ def check_context(n_past, n_seq, n_ctx):
         raise ValueError(f"{n_past} tokens and {n_seq} more are {n_past + n_seq}; the context is {n_ctx}")
 
 
+def check_request(inputs, n_new, n_ctx):
+    """Raises ValueError unless there is something to start from, and room for it and n_new tokens."""
+    if len(inputs) == 0:
+        raise ValueError("at least one token is needed to start from")
+    check_context(len(inputs), n_new, n_ctx)
+
+
 class KVCache:
     """The keys and values one block has computed so far, with room for n_max positions."""
 
@@ -123,7 +130,7 @@ def embed(inputs, wte, wpe, n_past=0):  # [..., n_seq] -> [..., n_seq, n_embd]
     Raises ValueError when wpe has too few rows (n_ctx) for that.
     """
     n_seq = inputs.shape[-1]
-    check_context(np.max(n_past), n_seq, wpe.shape[0])
+    check_context(np.max(n_past) if np.ndim(n_past) else n_past, n_seq, wpe.shape[0])
     return wte[inputs] + wpe[n_past + np.arange(n_seq)]
 
 
@@ -163,9 +170,7 @@ def generate_tokens(inputs, params, n_head, n_tokens_to_generate, sample=np.argm
     stop_id: ends the sequence when it is drawn; it is not yielded.
     Raises ValueError when inputs is empty or the tokens do not fit into the model's context.
     """
-    if len(inputs) == 0:
-        raise ValueError("at least one token is needed to start from")
-    check_context(len(inputs), n_tokens_to_generate, params["wpe"].shape[0])
+    check_request(inputs, n_tokens_to_generate, params["wpe"].shape[0])
     cache = [KVCache(len(inputs) + n_tokens_to_generate) for _ in params["blocks"]]
     new_ids = inputs  # what the cache has not seen yet: at first the prompt, then the token just made
     for _ in range(n_tokens_to_generate):

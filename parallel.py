@@ -51,11 +51,10 @@ class Team:
 
     def collect(self, function, items):
         """[function(item) for item in items], each by whichever thread is free."""
-        waiting, results = list(enumerate(items)), [None] * len(items)
+        waiting, results = iter(list(enumerate(items))), [None] * len(items)
 
         def work(_):
-            while waiting:
-                i, item = waiting.pop()
+            for i, item in waiting:  # each thread takes from the same iterator
                 results[i] = function(item)
 
         self.map(work)
@@ -147,8 +146,23 @@ class SharedColumns(Columns):
 
 
 def blas():
-    """NumPy's own BLAS: its threads can be counted and limited, its kernels named."""
+    """Every BLAS in this process, NumPy's among them: its kernels, its threads."""
     return ThreadpoolController().select(user_api="blas")
+
+
+class OneThread:
+    """`with` it BLAS has one thread, after it as many as when it was made."""
+
+    def __init__(self):
+        self.libraries = [(library, library.num_threads) for library in blas().lib_controllers]
+
+    def __enter__(self):
+        for library, _ in self.libraries:
+            library.set_num_threads(1)
+
+    def __exit__(self, *_):
+        for library, n_threads in self.libraries:
+            library.set_num_threads(n_threads)
 
 
 def has_small_kernels():
@@ -160,16 +174,18 @@ def few_token_model(params, n_head):
     """(model, params) for passes of few tokens: what stands for the module gpt2, and what its functions take.
 
     All weights are copied: the params given may go. Without small kernels it is gpt2 itself with the params given.
+    One pass at a time, and in the process that made it: its threads do not survive a fork.
     """
     if not has_small_kernels():
         return gpt2, params
     n_threads = max(library["num_threads"] for library in blas().info())
-    return shared(params, n_head, min(n_threads, n_head) if params["wpe"].shape[1] >= SHARE_FROM else 1)
+    return shared(params, n_head, n_threads if params["wpe"].shape[1] >= SHARE_FROM else 1)
 
 
 def shared(params, n_head, n_threads):
-    """few_token_model's (model, params) for so many threads."""
-    team = make_team(n_threads)
+    """few_token_model's (model, params) for so many threads, or as many as there are heads and blocks of units."""
+    n_units = params["blocks"][0]["mlp"]["c_fc"]["w"].shape[1]
+    team = make_team(min(n_threads, n_head, -(-n_units // WIDTH)))
     return shared_model(team), shared_params(params, n_head, team)
 
 
@@ -178,7 +194,7 @@ def shared_model(team):
     spec = importlib.util.find_spec("gpt2")
     model = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(model)
-    mha_of_share, ffn_of_share, gpt2_of_shares, threads = model.mha, model.ffn, model.gpt2, blas()
+    mha_of_share, ffn_of_share, gpt2_of_shares, one_thread = model.mha, model.ffn, model.gpt2, OneThread()
 
     def mha(x, shares, n_head, cache=None):  # [..., n_seq, n_embd] -> [..., n_seq, n_embd]
         caches = [None] * len(shares) if cache is None else cache.shares
@@ -188,7 +204,7 @@ def shared_model(team):
         return total(team.map(lambda i: ffn_of_share(x, **shares[i])))
 
     def gpt2_in_threads(*args, **kwargs):
-        with threads.limit(limits=1):  # each of ours has one of BLAS
+        with one_thread:  # of BLAS, for each of ours
             return gpt2_of_shares(*args, **kwargs)
 
     model.mha, model.ffn, model.gpt2 = mha, ffn, gpt2_in_threads

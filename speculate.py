@@ -122,28 +122,30 @@ class Speculation:
     """Continues texts with one model and the help of guesses.
 
     make_guesser: makes what guesses for one text: Lookup, or a function that returns a Draft.
-    eager: the weights are copied into the layout for guessing (few_token_model) at once; else as soon as guesses would
-    have been right often enough to pay for that. Where guesses from the text no longer pay, the copy goes, and it
-    continues token by token with the params given.
+    eager: the weights are copied into the layout for guessing (few_token_model) at the start of a text; else as soon as
+    guesses would have been right often enough to pay for that. Where guesses no longer pay, the copy goes, and the text
+    goes on token by token with the params given. One text at a time.
 
-    Counted over all texts: passes, tokens (as many where no guess is right), guessed.
+    Counted: passes, tokens, guessed (tokens that a pass checked), right (those of them that the text has).
     """
 
     def __init__(self, params, n_head, make_guesser=Lookup, eager=True):
         self.plain_params, self.n_head, self.make_guesser = params, n_head, make_guesser
-        self.passes = self.tokens = self.guessed = 0
-        self.model, self.params, self.guessing = gpt2, params, False
+        self.model, self.params, self.guessing, self.eager = gpt2, params, False, eager
         if eager:
             self.start_guessing([])
+        self.count_anew()
+
+    def count_anew(self):
+        self.passes = self.tokens = self.guessed = self.right = 0
 
     def report(self, seconds):
-        """One line about what was done since the last report."""
-        text = (
-            f"{self.tokens} tokens in {self.passes} passes, {self.tokens / max(self.passes, 1):.2f} a pass; "
-            f"{self.tokens - self.passes} of {self.guessed} guesses were right; {self.tokens / seconds:.1f} tokens/s"
+        """One line about what was done since count_anew."""
+        each = self.tokens / max(self.passes, 1)
+        return (
+            f"tokens: {self.tokens}, passes: {self.passes} ({each:.2f} tokens each), guesses: {self.guessed}, "
+            f"right: {self.right}, {self.tokens / seconds:.1f} tokens/s"
         )
-        self.passes = self.tokens = self.guessed = 0
-        return text
 
     def start_guessing(self, cache):
         self.model, self.params = few_token_model(self.plain_params, self.n_head)
@@ -156,9 +158,9 @@ class Speculation:
 
     def generate_tokens(self, inputs, n_tokens_to_generate, sample=np.argmax, stop_id=None):
         """Yields the ids that gpt2.generate_tokens yields; raises what it raises."""
-        if len(inputs) == 0:
-            raise ValueError("at least one token is needed to start from")
-        gpt2.check_context(len(inputs), n_tokens_to_generate, self.plain_params["wpe"].shape[0])
+        gpt2.check_request(inputs, n_tokens_to_generate, self.plain_params["wpe"].shape[0])
+        if self.eager and not self.guessing:
+            self.start_guessing([])
         text, end = list(inputs), len(inputs) + n_tokens_to_generate
         cache = [self.model.KVCache(end) for _ in self.plain_params["blocks"]]
         guesser = self.make_guesser()
@@ -178,12 +180,13 @@ class Speculation:
                 if guesses[n_right : n_right + 1] != [next_id]:
                     break
                 n_right += 1
+                self.right += self.guessing
             for layer in cache:
                 layer.n_past = len(text) - 1  # what followed a wrong guess is forgotten
             odds.saw(n_right, len(guesses))
             cache = self.adapt(cache, odds, end - len(text))
-            n_guesses = min(odds.best() if self.guessing else 1, end - len(text) - 1)
-            new_ids, guesses = text[-1:], guesser.guess(text, max(n_guesses, 0))
+            n_guesses = odds.best() if self.guessing else not guesser.cost  # free ones show whether they would be right
+            new_ids, guesses = text[-1:], guesser.guess(text, max(0, min(n_guesses, end - len(text) - 1)))
 
     def check(self, new_ids, guesses, cache):
         """The logits after new_ids and after each guess, [n_guesses+1, n_vocab]; only the first if not guessing."""
@@ -195,11 +198,11 @@ class Speculation:
 
     def adapt(self, cache, odds, n_left):
         """Takes guessing up or leaves it, as the odds say; returns the cache to go on with."""
-        if self.guessing and not odds.pay() and not odds.guess_cost:
+        if self.guessing and not odds.pay():
             odds.doubt()
             return self.stop_guessing(cache)
         speed = odds.speed(odds.best())
-        if not self.guessing and speed > 1.5 and n_left * (1 - 1 / speed) > LAYOUT_COST:
+        if not self.guessing and not odds.guess_cost and speed > 1.5 and n_left * (1 - 1 / speed) > LAYOUT_COST:
             odds.tokens, odds.cost = 20.0, 16.0
             return self.start_guessing(cache)
         return cache

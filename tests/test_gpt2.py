@@ -1,6 +1,7 @@
 """The model against Hugging Face transformers, and against itself along its different paths."""
 
 import copy
+import functools
 import inspect
 import math
 
@@ -242,7 +243,7 @@ def test_nothing_writes_into_its_inputs(tiny):
 
 
 def test_the_same_source_runs_on_jax(tiny):
-    jnp = pytest.importorskip("jax.numpy")
+    jax, jnp = pytest.importorskip("jax"), pytest.importorskip("jax.numpy")
     _, hparams, params = tiny
     for module in (gpt2, gpt2_pico):
         source = inspect.getsource(module).replace("import numpy as np", "import jax.numpy as np")
@@ -253,6 +254,8 @@ def test_the_same_source_runs_on_jax(tiny):
         assert logits.dtype == np.float32
         ours = gpt2.gpt2([3, 1, 4, 1, 5], **params, n_head=hparams["n_head"])
         np.testing.assert_allclose(logits, ours, rtol=1e-3, atol=1e-4)
+        compiled = jax.jit(functools.partial(namespace["gpt2"], n_head=hparams["n_head"]))
+        np.testing.assert_allclose(compiled(jnp.array([3, 1, 4, 1, 5]), **params), ours, rtol=1e-3, atol=1e-4)
 
 
 # generate

@@ -249,12 +249,22 @@ def test_the_context_may_not_overflow(shared):
         model.gpt2(np.zeros(n_ctx + 1, dtype=int), **params, n_head=n_head)
 
 
-@pytest.mark.parametrize("kernels", [(), ("Haswell", "SkylakeX", "Zen", "Cooperlake", "SapphireRapids", "Prescott")])
-def test_without_small_kernels_it_is_gpt2_itself(monkeypatch, kernels):
-    monkeypatch.setattr(parallel, "SMALL_KERNELS", kernels)
+@pytest.mark.parametrize("there", [False, True])
+def test_without_small_kernels_it_is_gpt2_itself(monkeypatch, there):
+    monkeypatch.setattr(parallel, "has_small_kernels", lambda: there)
     params = nest(random_tensors(TINY), TINY["n_layer"])
     model, laid_out = parallel.few_token_model(params, TINY["n_head"])
-    assert parallel.has_small_kernels() == bool(kernels) == (model is not gpt2) == (laid_out is not params)
+    assert there == (model is not gpt2) == (laid_out is not params)
+
+
+def test_there_are_never_more_threads_than_shares():
+    """30 wide, 5 heads, 120 hidden units in two blocks; and 3 heads for 8 threads."""
+    for hparams in (WIDE | {"n_embd": 30}, TINY):
+        params = nest(random_tensors(hparams), hparams["n_layer"])
+        model, laid_out = parallel.shared(params, hparams["n_head"], 8)
+        expected = gpt2.gpt2([1, 2, 3], **params, n_head=hparams["n_head"])
+        ours = model.gpt2([1, 2, 3], **laid_out, n_head=hparams["n_head"])
+        np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
 def test_blas_has_its_threads_again_after_a_pass(shared):

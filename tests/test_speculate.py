@@ -1,6 +1,7 @@
 """speculate.py: guesses change how fast a text comes, never the text."""
 
 import collections
+import re
 import shutil
 
 import numpy as np
@@ -56,10 +57,8 @@ def layout(request, monkeypatch):
 class Scripted:
     """Guesses a fixed text, spoilt at some places."""
 
-    cost = 0.01  # a guesser that costs something is never left
-
-    def __init__(self, text, wrong=lambda place: False):
-        self.text, self.wrong, self.asked = text, wrong, []
+    def __init__(self, text, wrong=lambda place: False, cost=0.01):
+        self.text, self.wrong, self.cost, self.asked = text, wrong, cost, []
 
     def guess(self, text, n):
         self.asked.append(n)
@@ -227,12 +226,21 @@ def test_right_guesses_become_many(params, cheap):
     assert guesser.asked[0] <= 4 < speculate.MOST_GUESSES == max(guesser.asked)
 
 
-def test_wrong_guesses_become_few(params, cheap):
+@pytest.mark.parametrize(("cost", "few", "then"), [(0, 3, 1), (0.1, 1, 0)])
+def test_wrong_guesses_become_few_and_end(params, cheap, cost, few, then):
+    """What costs nothing is watched from then on, a draft is not asked any more. The next text begins anew.
+
+    A pass over four tokens costs no more than one over two, so three free guesses are few.
+    """
     text = [int(i) for i in np.random.default_rng(0).integers(0, TINY["n_vocab"], 120)]
-    guesser = Scripted(text, lambda place: True)
+    guesser = Scripted(text, lambda place: True, cost)
     speculation, states = play(params, text, 4, lambda: guesser, True)
-    assert guesser.asked[-10:] == [1] * 8 + [0, 0]  # a draft is kept; the last token needs no guess
-    assert speculation.passes == speculation.tokens == 116 and all(states)
+    n = sum(states)
+    assert 5 < n < 25 and not any(states[n:])
+    assert guesser.asked[n - 2] == few and set(guesser.asked[n:110]) == {then}
+    assert speculation.passes == speculation.tokens == 116 and speculation.right == 0
+    next(speculation.generate_tokens(text[:4], 100))
+    assert speculation.guessing
 
 
 def test_lookup_is_left_where_nothing_repeats(params, cheap):
@@ -294,15 +302,24 @@ def test_the_text_is_the_same(inside, how, flags):
         _, plain, _ = inside(*flags, "--n_tokens_to_generate", 30, "--stream", "--", prompt)
         code, out, err = inside(*flags, "--n_tokens_to_generate", 30, "--speculate", *how, "--", prompt)
         assert (code, out) == (0, plain)
-        assert "tokens in" in err and "a pass" in err and "tokens/s" in err
+        assert "tokens: " in err and "passes: " in err and "tokens/s" in err
 
 
 def test_the_report_counts(inside):
     _, _, err = inside("x", "--n_tokens_to_generate", 40, "--draft_model", "tiny")
-    words = err.split()
-    tokens, passes, right, guessed = int(words[1]), int(words[4]), int(words[9]), int(words[11])
-    assert err.startswith("note: ") and tokens == 40
-    assert right == guessed == tokens - passes  # the same model guesses right
+    tokens, passes, each, guessed, right = map(float, re.findall(r"[\d.]+", err)[:5])
+    assert err.startswith("note: tokens: 40, passes: ")
+    assert guessed >= right == tokens - passes
+    assert each == pytest.approx(tokens / passes, abs=0.01)
+
+
+def test_counts_when_the_first_token_is_the_stop(params, expected):
+    speculation = Speculation(params, N_HEAD)
+    assert list(speculation.generate_tokens(SEQUENCES[0], N, stop_id=expected[0][0])) == []
+    assert speculation.report(1.0).startswith("tokens: 0, passes: 1 (0.00 tokens each), guesses: 0, right: 0, 0.0")
+    list(speculation.generate_tokens(SEQUENCES[0], 3))
+    speculation.count_anew()
+    assert speculation.report(1.0).startswith("tokens: 0, passes: 0")
 
 
 @pytest.mark.parametrize(
