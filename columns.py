@@ -8,6 +8,8 @@ kernels that do without for products of at most 10^6 multiplications, so the wei
 A row of a product has the same bits whichever rows are beside it, and however many below MANY_ROWS: a test insists.
 """
 
+import math
+
 import numpy as np
 
 WIDTH = 64  # columns a block: a row of it is four of the vectors that AVX-512 loads
@@ -34,10 +36,11 @@ class Columns:
 
     __array_ufunc__ = None  # so that NumPy leaves `x @ columns` to __rmatmul__
 
-    def __init__(self, w):  # [n_in, n_out]
+    def __init__(self, w, empty=np.empty):  # [n_in, n_out]
+        """empty: makes the array to store it in."""
         n_in, n_out = self.shape = w.shape
         whole = n_out // WIDTH
-        self.blocks = np.empty((-(-n_out // WIDTH), n_parts(n_in), n_in // n_parts(n_in), WIDTH), w.dtype)
+        self.blocks = empty((-(-n_out // WIDTH), n_parts(n_in), n_in // n_parts(n_in), WIDTH), w.dtype)
         blocks = self.blocks.reshape(-1, n_in, WIDTH)
         blocks[:whole] = np.swapaxes(w[:, : whole * WIDTH].reshape(n_in, whole, WIDTH), 0, 1)
         if whole < len(blocks):  # the last columns do not fill a block: zeros beside them
@@ -76,9 +79,22 @@ class Columns:
         return self.blocks.reshape(len(self.blocks), -1, WIDTH)[ids // WIDTH, :, ids % WIDTH]
 
 
-def in_columns(w):
+def in_columns(w, empty=np.empty):
     """w as Columns, or as a contiguous copy where its rows cannot be cut into parts that are small enough."""
-    return Columns(w) if n_parts(w.shape[0]) else np.array(w, order="C")
+    return Columns(w, empty) if n_parts(w.shape[0]) else np.array(w, order="C")
+
+
+class Room:
+    """np.empty for several arrays in one, from 4 MiB up in pages of 2 MiB: NumPy asks Linux for them only for arrays of
+    that size, and most weights alone are smaller."""
+
+    def __init__(self, n_bytes):
+        self.bytes, self.n_used = np.empty(n_bytes, np.uint8), 0
+
+    def empty(self, shape, dtype):
+        start = self.n_used
+        self.n_used += -(-math.prod(shape) * np.dtype(dtype).itemsize // 64) * 64  # each begins with a cache line
+        return self.bytes[start : self.n_used][: math.prod(shape) * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
 
 
 class Table:

@@ -15,7 +15,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 import gpt2
-from columns import WIDTH, Columns, Table, in_columns, n_parts
+from columns import WIDTH, Columns, Room, Table, in_columns, n_parts
 
 SMALL_KERNELS = ("SkylakeX", "Cooperlake", "SapphireRapids")  # the names of OpenBLAS's AVX-512 kernels: columns.py
 HEAD_START = 0.25  # what the calling thread has more than a helper, in shares: helpers take some 40 us to wake up
@@ -229,34 +229,38 @@ def shared_params(params, n_head, team):
 
 def shared_block(block, n_head, n_threads):
     attn, mlp = block["attn"], block["mlp"]
+    weights = [layer["w"] for part in (attn, mlp) for layer in part.values()]
+    room = Room(
+        4 * sum(w.size + n_threads * WIDTH * w.shape[0] for w in weights)
+    )  # as if each share had a block to fill
     n_units = mlp["c_fc"]["w"].shape[1]
     units = [min(WIDTH * end, n_units) for end in shares(-(-n_units // WIDTH), n_threads)]
     return {
         "ln_1": copied(block["ln_1"]),
-        "attn": {"shares": [share_of_heads(attn, n_head, part) for part in parts(shares(n_head, n_threads))]},
+        "attn": {"shares": [share_of_heads(attn, n_head, part, room) for part in parts(shares(n_head, n_threads))]},
         "ln_2": copied(block["ln_2"]),
-        "mlp": {"shares": [share_of_units(mlp, part) for part in parts(units)]},
+        "mlp": {"shares": [share_of_units(mlp, part, room) for part in parts(units)]},
     }
 
 
-def share_of_heads(attn, n_head, part):
+def share_of_heads(attn, n_head, part, room):
     """c_attn's columns and c_proj's rows of some heads: an mha that has these heads only."""
     n_embd, n_heads = attn["c_proj"]["w"].shape[0], part.stop - part.start
     w = attn["c_attn"]["w"].reshape(n_embd, 3, n_head, -1)[:, :, part]  # -> [n_embd, 3, n_heads, n_embd/n_head]
     b = attn["c_attn"]["b"].reshape(3, n_head, -1)[:, part]  # -> [3, n_heads, n_embd/n_head]
     rows = attn["c_proj"]["w"].reshape(n_head, -1, n_embd)[part]  # -> [n_heads, n_embd/n_head, n_embd]
     return {
-        "c_attn": {"w": in_columns(w.reshape(n_embd, -1)), "b": b.reshape(-1)},
-        "c_proj": {"w": in_columns(rows.reshape(-1, n_embd)), "b": once(attn["c_proj"]["b"], part)},
+        "c_attn": {"w": in_columns(w.reshape(n_embd, -1), room.empty), "b": b.reshape(-1)},
+        "c_proj": {"w": in_columns(rows.reshape(-1, n_embd), room.empty), "b": once(attn["c_proj"]["b"], part)},
         "n_head": n_heads,
     }
 
 
-def share_of_units(mlp, part):
+def share_of_units(mlp, part, room):
     """c_fc's columns and c_proj's rows of some hidden units: an ffn that has these units only."""
     return {
-        "c_fc": {"w": in_columns(mlp["c_fc"]["w"][:, part]), "b": mlp["c_fc"]["b"][part].copy()},
-        "c_proj": {"w": in_columns(mlp["c_proj"]["w"][part]), "b": once(mlp["c_proj"]["b"], part)},
+        "c_fc": {"w": in_columns(mlp["c_fc"]["w"][:, part], room.empty), "b": mlp["c_fc"]["b"][part].copy()},
+        "c_proj": {"w": in_columns(mlp["c_proj"]["w"][part], room.empty), "b": once(mlp["c_proj"]["b"], part)},
     }
 
 

@@ -45,6 +45,23 @@ def generate_tokens(*arguments):
 real, cli.generate_tokens = cli.generate_tokens, generate_tokens
 sys.exit(cli.run())
 """
+# the same for what chooses the tokens
+HANGS_AT_THE_FOURTH = """
+import sys, time
+import cli
+def make_sampler(*arguments):
+    sample, drawn = real(*arguments), []
+    def slowly(logits):
+        if len(drawn) == 3:
+            print("three are out", file=sys.stderr, flush=True)
+            while True:
+                time.sleep(0.05)
+        drawn.append(sample(logits))
+        return drawn[-1]
+    return slowly
+real, cli.make_sampler = cli.make_sampler, make_sampler
+sys.exit(cli.run())
+"""
 LETTERS = {"a": 0.4, "b": 0.3, "c": 0.15, "d": 0.1, "é": 0.05}  # what the letters model draws, whatever the prompt
 
 
@@ -645,6 +662,14 @@ def test_interrupt_prints_what_there_is(letters_flags, stream, n_samples):
         out, err = process.communicate(timeout=SECONDS)
     header = b"=== sample 1 ===\n" if n_samples > 1 else b""
     assert (process.returncode, out, err) == (130, header + b"aaa\n", b"")
+
+
+def test_interrupt_prints_what_there_is_of_samples_made_at_once(letters_flags):
+    with started([sys.executable, "-c", HANGS_AT_THE_FOURTH, "x", "--n_samples", "2", *letters_flags]) as process:
+        assert process.stderr.readline() == b"three are out\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=SECONDS)
+    assert (process.returncode, out, err) == (130, b"=== sample 1 ===\naaa\n=== sample 2 ===\naaa\n", b"")
 
 
 @pytest.mark.parametrize(("flags", "visible"), [([], b""), (["--no-stream"], b""), (["--stream"], b"aaa")])
