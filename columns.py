@@ -92,9 +92,9 @@ class Room:
         self.bytes, self.n_used = np.empty(n_bytes, np.uint8), 0
 
     def empty(self, shape, dtype):
-        start = self.n_used
-        self.n_used += -(-math.prod(shape) * np.dtype(dtype).itemsize // 64) * 64  # each begins with a cache line
-        return self.bytes[start : self.n_used][: math.prod(shape) * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
+        n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        self.n_used += n_bytes
+        return self.bytes[self.n_used - n_bytes : self.n_used].view(dtype).reshape(shape)
 
 
 class Table:

@@ -230,9 +230,8 @@ def shared_params(params, n_head, team):
 def shared_block(block, n_head, n_threads):
     attn, mlp = block["attn"], block["mlp"]
     weights = [layer["w"] for part in (attn, mlp) for layer in part.values()]
-    room = Room(
-        4 * sum(w.size + n_threads * WIDTH * w.shape[0] for w in weights)
-    )  # as if each share had a block to fill
+    # the weights, and for each share of each a block that its last columns do not fill
+    room = Room(4 * sum(w.size + n_threads * WIDTH * w.shape[0] for w in weights))
     n_units = mlp["c_fc"]["w"].shape[1]
     units = [min(WIDTH * end, n_units) for end in shares(-(-n_units // WIDTH), n_threads)]
     return {
@@ -250,7 +249,7 @@ def share_of_heads(attn, n_head, part, room):
     b = attn["c_attn"]["b"].reshape(3, n_head, -1)[:, part]  # -> [3, n_heads, n_embd/n_head]
     rows = attn["c_proj"]["w"].reshape(n_head, -1, n_embd)[part]  # -> [n_heads, n_embd/n_head, n_embd]
     return {
-        "c_attn": {"w": in_columns(w.reshape(n_embd, -1), room.empty), "b": b.reshape(-1)},
+        "c_attn": {"w": in_columns(w.reshape(n_embd, -1), room.empty), "b": b.flatten()},
         "c_proj": {"w": in_columns(rows.reshape(-1, n_embd), room.empty), "b": once(attn["c_proj"]["b"], part)},
         "n_head": n_heads,
     }

@@ -91,12 +91,20 @@ class Odds:
         self.pass_cost = cheap_pass if has_small_kernels() else packed_pass
         self.guess_cost = guess_cost
         self.right, self.tried = 1.0, 2.0  # guesses: those behind a wrong one were not tried
-        self.tokens, self.cost = 20.0, 16.0  # begun with trust, which some passes without a right guess use up
+        self.trust()
+
+    def trust(self):
+        """As if guessing had paid so far: some passes without a right guess use that up."""
+        self.memory, self.tokens, self.cost = 0.9, 20.0, 16.0
+
+    def doubt(self):
+        """As if guesses had been wrong for long: it takes some twenty right ones until best() is fast."""
+        self.memory, self.right, self.tried = 0.97, 0.0, 33.0
 
     def saw(self, n_right, n_guesses):
-        """One pass: the first n_right of its guesses were right."""
-        self.right = 0.9 * self.right + n_right
-        self.tried = 0.9 * self.tried + max(1, min(n_right + 1, n_guesses))
+        """One pass: the first n_right of its guesses were right. To have none to make counts as a wrong one."""
+        self.right = self.memory * self.right + n_right
+        self.tried = self.memory * self.tried + max(1, min(n_right + 1, n_guesses))
         self.tokens = 0.97 * self.tokens + n_right + 1
         self.cost = 0.97 * self.cost + self.pass_cost(n_guesses + 1) + n_guesses * self.guess_cost
 
@@ -112,10 +120,6 @@ class Odds:
     def pay(self):
         """Whether guessing was faster, lately, than going token by token."""
         return self.tokens > self.cost
-
-    def doubt(self):
-        """From now on it takes many right guesses in a row until best() is fast."""
-        self.right, self.tried, self.tokens, self.cost = 0.0, 16.0, 20.0, 16.0
 
 
 class Speculation:
@@ -203,6 +207,6 @@ class Speculation:
             return self.stop_guessing(cache)
         speed = odds.speed(odds.best())
         if not self.guessing and not odds.guess_cost and speed > 1.5 and n_left * (1 - 1 / speed) > LAYOUT_COST:
-            odds.tokens, odds.cost = 20.0, 16.0
+            odds.trust()
             return self.start_guessing(cache)
         return cache

@@ -214,12 +214,13 @@ def test_it_generates_what_transformers_generate(shared):
     assert model.generate(ids, params, n_head, 30) == continued(theirs, ids, 30)
 
 
-def test_the_given_params_may_go(shared):
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_the_given_params_may_go(shared, n_threads):
     model, params, plain, n_head, _ = shared
     ids = some_ids(10)
     expected = model.gpt2(ids, **params, n_head=n_head)
     plain = copy.deepcopy(plain)
-    model, params = parallel.shared(plain, n_head, 2)
+    model, params = parallel.shared(plain, n_head, n_threads)
 
     def poison(branch):
         for value in branch.values() if isinstance(branch, dict) else branch:
