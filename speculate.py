@@ -95,7 +95,7 @@ class Odds:
 
     def trust(self):
         """As if guessing had paid so far: some passes without a right guess use that up."""
-        self.memory, self.tokens, self.cost = 0.9, 20.0, 16.0
+        self.memory, self.tokens, self.cost = 0.9, 22.0, 16.0
 
     def doubt(self):
         """As if guesses had been wrong for long: it takes some twenty right ones until best() is fast."""
