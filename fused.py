@@ -6,13 +6,13 @@ over a few rows at a time, so that what they make on the way stays in the proces
 the four backwards.
 """
 
-import importlib.util
 import math
 
 import numpy as np
 
 import gpt2
 from autograd import fuse
+from instance import new_instance
 
 PIECE = 2**15  # numbers in a few rows: 128 KiB, of which several fit into the cache of a core
 
@@ -121,9 +121,7 @@ def training_model(dropout=0.0):
     dropout: the share that is dropped of the embeddings, of the attention weights, and of what attention and ffn add
     to the residual stream (Radford et al. 2018, section 4.1). `.drop.seed()` begins its draws anew.
     """
-    spec = importlib.util.find_spec("gpt2")
-    model = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(model)
+    model = new_instance()
     gelu, softmax, layer_norm = model.gelu, model.softmax, model.layer_norm
     model.gelu = fuse(lambda x: by_rows(gelu, x), lambda dy, y, x: [by_rows(gelu_backward, dy, x)])
     model.softmax = fuse(lambda x: by_rows(softmax, x), lambda dy, y, x: [by_rows(softmax_backward, dy, y)])

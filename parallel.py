@@ -7,7 +7,6 @@ and the cores wait for each other twice a layer; sharing out every product would
 """
 
 import functools
-import importlib.util
 import queue
 import threading
 
@@ -16,6 +15,7 @@ from threadpoolctl import ThreadpoolController
 
 import gpt2
 from columns import WIDTH, Columns, Room, Table, in_columns, n_parts
+from instance import new_instance
 
 SMALL_KERNELS = ("SkylakeX", "Cooperlake", "SapphireRapids")  # the names of OpenBLAS's AVX-512 kernels: columns.py
 HEAD_START = 0.25  # what the calling thread has more than a helper, in shares: helpers take some 40 us to wake up
@@ -165,6 +165,7 @@ class OneThread:
             library.set_num_threads(n_threads)
 
 
+@functools.cache
 def has_small_kernels():
     """Whether NumPy's BLAS multiplies small matrices as columns.py needs it."""
     return any(library.get("architecture") in SMALL_KERNELS for library in blas().info())
@@ -191,9 +192,7 @@ def shared(params, n_head, n_threads):
 
 def shared_model(team):
     """The module gpt2 once more, from its own source, with mha and ffn as sums over shares, each in a thread."""
-    spec = importlib.util.find_spec("gpt2")
-    model = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(model)
+    model = new_instance()
     mha_of_share, ffn_of_share, gpt2_of_shares, one_thread = model.mha, model.ffn, model.gpt2, OneThread()
 
     def mha(x, shares, n_head, cache=None):  # [..., n_seq, n_embd] -> [..., n_seq, n_embd]

@@ -202,11 +202,13 @@ class Speculation:
 
     def adapt(self, cache, odds, n_left):
         """Takes guessing up or leaves it, as the odds say; returns the cache to go on with."""
-        if self.guessing and not odds.pay():
+        if self.guessing:
+            if odds.pay():
+                return cache
             odds.doubt()
             return self.stop_guessing(cache)
-        speed = odds.speed(odds.best())
-        if not self.guessing and not odds.guess_cost and speed > 1.5 and n_left * (1 - 1 / speed) > LAYOUT_COST:
+        speed = 1 if odds.guess_cost else odds.speed(odds.best())
+        if speed > 1.5 and n_left * (1 - 1 / speed) > LAYOUT_COST:
             odds.trust()
             return self.start_guessing(cache)
         return cache

@@ -8,8 +8,8 @@ import sys
 import time
 
 import numpy as np
-from common import bandwidth, machine, median, model_124m, random_ids, read_seconds, seconds, table
-from engines import engines
+from common import bandwidth, machine, median, model_124m, random_ids, read_seconds, seconds, spread, table
+from engines import engines, in_turn
 
 import gpt2
 from parallel import few_token_model
@@ -52,8 +52,7 @@ def pass_table(rounds):
 
 
 def ratio(ours, theirs):
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    return f"{median(ratios):.2f} [{min(ratios):.2f}-{max(ratios):.2f}]"
+    return spread([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
 def measure(engine, n_rows, n_tokens):
@@ -70,10 +69,9 @@ def measure(engine, n_rows, n_tokens):
 def batch_table(found, rounds):
     results, speeds = {(n_rows, engine): [] for n_rows in BATCHES for engine in found}, {n: [] for n in BATCHES}
     for turn in range(rounds):
-        first = turn % len(found)
         for n_rows in BATCHES:
             speeds[n_rows].append(bandwidth([read_seconds()]))
-            for engine in found[first:] + found[:first]:
+            for engine in in_turn(found, turn):
                 results[n_rows, engine].append(engine.call(measure, n_rows, N_TOKENS))
     rows = []
     for n_rows in BATCHES:

@@ -96,6 +96,11 @@ def machine():
     return ", ".join([model, size, versions, *told, time.strftime("%Y-%m-%d")])
 
 
+def spread(values):
+    """Their median, and between which two they lie."""
+    return f"{median(values):.2f} [{min(values):.2f}-{max(values):.2f}]"
+
+
 def table(head, rows):
     """Prints a Markdown table with columns of even width."""
     cells = [[str(cell) for cell in row] for row in (head, *rows)]

@@ -7,7 +7,18 @@ time is the floor (1.00 is all of it).
 
 import sys
 
-from common import BYTES_A_TOKEN, bandwidth, machine, median, model_124m, random_ids, read_seconds, seconds, table
+from common import (
+    BYTES_A_TOKEN,
+    bandwidth,
+    machine,
+    median,
+    model_124m,
+    random_ids,
+    read_seconds,
+    seconds,
+    spread,
+    table,
+)
 
 from gpt2 import generate_tokens
 
@@ -39,7 +50,7 @@ def decode_row(context, params, n_head, rounds):
         f"{1 / median(each):.1f}",
         f"{median(speeds) / 1e9:.1f}",
         f"{1000 * BYTES_A_TOKEN / median(speeds):.1f}",
-        f"{median(ratios):.2f} [{min(ratios):.2f}-{max(ratios):.2f}]",
+        spread(ratios),
     ]
 
 

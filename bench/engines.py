@@ -219,6 +219,12 @@ def started(engine):
     return engine()
 
 
+def in_turn(found, turn):
+    """The engines in the order of a round, a different one first in each."""
+    first = turn % len(found)
+    return found[first:] + found[:first]
+
+
 def engines():
     """Ours and every peer that can be imported, apart; a line on standard error names what the others need."""
     found = [Apart(Ours)]

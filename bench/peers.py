@@ -7,7 +7,7 @@ import sys
 import time
 
 from common import bandwidth, machine, median, random_ids, read_seconds, table
-from engines import engines
+from engines import engines, in_turn
 
 N_TOKENS = 16
 IDLE = 0.3  # seconds before each turn, for an engine's threads go on looking for work when there is none
@@ -28,8 +28,7 @@ def rows(context, found, rounds):
     results, speeds = {engine: [] for engine in found}, []
     for turn in range(rounds):
         speeds.append(bandwidth([read_seconds() for _ in range(3)]))
-        first = turn % len(found)  # each in its turn
-        for engine in found[first:] + found[:first]:
+        for engine in in_turn(found, turn):
             results[engine].append(engine.call(measure, context, N_TOKENS))
     speed = f"{median(speeds) / 1e9:.1f}"
     return [[context, engine.name, *columns(results[found[0]], results[engine], speed)] for engine in found]

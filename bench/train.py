@@ -13,7 +13,7 @@ import sys
 from importlib.metadata import version
 
 import numpy as np
-from common import SIZE_124M, machine, median, seconds, table
+from common import SIZE_124M, machine, median, seconds, spread, table
 
 from train import Trainer, initial_tensors
 from train_cli import PRESETS
@@ -104,7 +104,6 @@ def row(shape, rounds):
     for worker in (ours, theirs):
         worker.stop()
     a, b = (median(pair[side][0] for pair in pairs) for side in (0, 1))
-    ratios = sorted(pair[0][0] / pair[1][0] for pair in pairs)
     memory = [max(pair[side][1] for pair in pairs) / 2**30 for side in (0, 1)]
     _, chosen = SHAPES[shape]
     tokens = chosen["batch_size"] * chosen["block_size"]
@@ -112,7 +111,7 @@ def row(shape, rounds):
         shape,
         f"{1000 * a:.0f}",
         f"{1000 * b:.0f}",
-        f"{median(ratios):.2f} [{ratios[0]:.2f}-{ratios[-1]:.2f}]",
+        spread([pair[0][0] / pair[1][0] for pair in pairs]),
         f"{tokens / a:.0f}",
         f"{tokens / b:.0f}",
         f"{memory[0]:.2f}",

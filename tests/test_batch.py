@@ -22,7 +22,8 @@ from tests.conftest import PROMPTS, ROOT, TINY
 from tests.random_model import random_tensors
 from tests.test_cli import SECONDS, command, started
 from tests.test_cli import run as run_program
-from tests.test_parallel import continued, hugging_face_model
+from tests.test_gpt2 import their_greedy_ids
+from tests.test_parallel import hugging_face_model
 
 N = 12
 RNG = np.random.default_rng(5)
@@ -43,7 +44,7 @@ def model_and_params(request, params):
 def expected():
     """What transformers continue each input with."""
     theirs = hugging_face_model(TINY, random_tensors(TINY))
-    return [continued(theirs, ids, N) for ids in INPUTS]
+    return [their_greedy_ids(theirs, ids, N) for ids in INPUTS]
 
 
 def run(model_and_params, requests, batch_size, n=N, stop_id=None):

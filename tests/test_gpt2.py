@@ -32,8 +32,9 @@ def their_logits(model, ids):
 def their_greedy_ids(model, ids, n_tokens):
     import torch
 
-    options = {"max_new_tokens": n_tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    return model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist()
+    inputs = torch.tensor([ids])
+    options = {"attention_mask": torch.ones_like(inputs), "pad_token_id": 0, "eos_token_id": None}  # id 0 is a token
+    return model.generate(inputs, max_new_tokens=n_tokens, do_sample=False, **options)[0, len(ids) :].tolist()
 
 
 def prompt_ids(encoder, prompt):

@@ -17,6 +17,7 @@ from checkpoint import hugging_face_name, nest
 from columns import Columns, Table
 from tests.conftest import ROOT, TINY
 from tests.random_model import random_tensors
+from tests.test_gpt2 import their_greedy_ids
 
 WIDE = {"n_vocab": 300, "n_ctx": 64, "n_embd": 160, "n_head": 5, "n_layer": 2}  # 5 heads in 2 or 3 shares: unequal ones
 
@@ -155,13 +156,6 @@ def hugging_face_model(hparams, tensors):
     return model
 
 
-def continued(theirs, ids, n):
-    """The n ids that transformers find likeliest after these, each in turn."""
-    inputs = torch.tensor([ids])
-    options = {"attention_mask": torch.ones_like(inputs), "eos_token_id": None, "pad_token_id": 0}
-    return theirs.generate(inputs, max_new_tokens=n, do_sample=False, **options)[0, len(ids) :].tolist()
-
-
 @pytest.fixture(
     scope="module", params=[(WIDE, 1), (WIDE, 2), (WIDE, 3), (TINY, 2)], ids=lambda p: f"{p[0]['n_embd']}-{p[1]}"
 )
@@ -211,7 +205,7 @@ def test_pieces_through_its_cache_are_the_whole(shared):
 def test_it_generates_what_transformers_generate(shared):
     model, params, _, n_head, theirs = shared
     ids = some_ids(6).tolist()
-    assert model.generate(ids, params, n_head, 30) == continued(theirs, ids, 30)
+    assert model.generate(ids, params, n_head, 30) == their_greedy_ids(theirs, ids, 30)
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])

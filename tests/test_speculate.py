@@ -19,7 +19,8 @@ from speculate import Draft, Lookup, Odds, Speculation
 from tests.conftest import PROMPTS, TINY
 from tests.random_model import random_tensors, write_byte_vocabulary, write_safetensors
 from tests.test_batch import INPUTS
-from tests.test_parallel import continued, hugging_face_model
+from tests.test_gpt2 import their_greedy_ids
+from tests.test_parallel import hugging_face_model
 
 N = 24
 N_HEAD = TINY["n_head"]
@@ -39,7 +40,7 @@ def theirs():
 @pytest.fixture(scope="module")
 def expected(theirs):
     """What transformers continue each sequence with."""
-    return [continued(theirs, ids, N) for ids in SEQUENCES]
+    return [their_greedy_ids(theirs, ids, N) for ids in SEQUENCES]
 
 
 @pytest.fixture(params=["gpt2", "shared"])
@@ -95,9 +96,9 @@ def test_a_draft_guesses_what_its_model_would_say(params, theirs):
     text = INPUTS[0][:]
     for told in ([], [3], [5, 6, 7], [1]):
         text += told
-        assert draft.guess(text, 5) == continued(theirs, text, 5)
+        assert draft.guess(text, 5) == their_greedy_ids(theirs, text, 5)
         text += draft.guess(text, 5)[:2]
-        assert draft.guess(text, 4) == continued(theirs, text, 4)
+        assert draft.guess(text, 4) == their_greedy_ids(theirs, text, 4)
 
 
 def test_a_draft_stops_at_its_context(params):
@@ -182,7 +183,7 @@ def test_the_stop_id_ends_it_within_a_pass(params, expected, layout, place):
 def test_it_may_fill_the_context_and_no_more(params, theirs, layout):
     ids = INPUTS[4]
     n = TINY["n_ctx"] - len(ids)
-    new = continued(theirs, ids, n)
+    new = their_greedy_ids(theirs, ids, n)
     for make_guesser in guessers(params, ids + new).values():
         speculation = Speculation(params, N_HEAD, make_guesser)
         assert list(speculation.generate_tokens(ids, n)) == new
