@@ -7,7 +7,6 @@ rounding of products (columns.py).
 """
 
 import copy
-import functools
 
 import numpy as np
 
@@ -27,11 +26,6 @@ class RowCaches:
     def attend(self, q, k, v):  # [b, h, n_seq, d], [b, h, n_seq, d], [b, h, n_seq, d] -> [b, h, n_seq, d]
         """Each row to its own cache: b rows, h heads."""
         return np.stack([cache.attend(*row) for cache, *row in zip(self.caches, q, k, v, strict=True)])
-
-    @functools.cached_property
-    def shares(self):
-        """The same for each share of the heads (parallel.py)."""
-        return [RowCaches(caches) for caches in zip(*(cache.shares for cache in self.caches), strict=True)]
 
 
 class Row:

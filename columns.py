@@ -50,23 +50,18 @@ class Columns:
     def __rmatmul__(self, x):  # [rows, n_in] -> [rows, n_out]
         return self.product(x) if len(x) < MANY_ROWS else x @ self.whole()
 
-    def product(self, x, in_pieces=lambda work, n: work(slice(n))):  # [n_rows, n_in] -> [n_rows, n_out]
-        """in_pieces(work, n) calls work with slices that make up range(n): threads may take some each."""
+    def product(self, x):  # [n_rows, n_in] -> [n_rows, n_out]
         n_block, n_part, n_in_part, _ = self.blocks.shape
         x, n_rows = padded(x), len(x)
         turns, rows, _ = x.shape
         x = np.swapaxes(x.reshape(turns, rows, n_part, n_in_part), 1, 2)  # -> [turns, n_part, rows, n_in_part]
         y = np.empty((turns * rows, n_block * WIDTH), x.dtype)
         y_blocks = np.moveaxis(y.reshape(turns, rows, n_block, WIDTH), 2, 0)  # -> [n_block, turns, rows, WIDTH]
-
-        def work(part):
-            blocks = self.blocks[part, None]  # -> [n_some, 1, n_part, n_in_part, WIDTH]
-            if n_part == 1:
-                np.matmul(x, blocks, out=y_blocks[part, :, None])
-            else:
-                np.add.reduce(np.matmul(x, blocks), axis=2, out=y_blocks[part])
-
-        in_pieces(work, n_block)
+        blocks = self.blocks[:, None]  # -> [n_block, 1, n_part, n_in_part, WIDTH]
+        if n_part == 1:
+            np.matmul(x, blocks, out=y_blocks[:, :, None])
+        else:
+            np.add.reduce(np.matmul(x, blocks), axis=2, out=y_blocks)
         return y[:n_rows, : self.shape[1]]
 
     def whole(self):  # -> [n_in, n_out]

@@ -134,7 +134,7 @@ def test_the_shape_comments_of_sampling_are_true():
 
 
 def test_the_shape_comments_of_decoding_are_true(tiny):
-    """columns.py, parallel.py and batch.py, with a team of one: only this thread is traced."""
+    """columns.py, parallel.py and batch.py, with a team of one: only this process is traced."""
     _, hparams, params = tiny
     requests = [(0, [1, 2, 3], [np.argmax]), (1, [4], [np.argmax])]
     wide = np.ones((3072, 70), dtype=np.float32)
@@ -142,6 +142,9 @@ def test_the_shape_comments_of_decoding_are_true(tiny):
     def run():
         model, laid_out = parallel.shared(params, hparams["n_head"], 1)
         list(batch.generate_batch(requests, laid_out, hparams["n_head"], 3, model=model))
+        cache = [gpt2.KVCache(9) for _ in params["blocks"]]
+        gpt2.gpt2([1, 2, 3], **params, n_head=hparams["n_head"], cache=cache)
+        parallel.whole_caches(parallel.share_caches(cache, laid_out), hparams["n_head"])
         list(batch.generate_batch(requests, params, hparams["n_head"], 3))
         np.ones((20, 3072), dtype=np.float32) @ columns.Columns(wide)
         np.ones((200, 3072), dtype=np.float32) @ columns.Columns(wide)
