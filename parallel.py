@@ -61,9 +61,9 @@ def has_small_kernels():
 
 
 def shared(params, n_head, n_processes):
-    """few_token_model's (model, params) for so many processes, or as many as there are heads and blocks of units."""
-    n_units = params["blocks"][0]["mlp"]["c_fc"]["w"].shape[1]
-    team = Team(min(n_processes, n_head, -(-n_units // WIDTH)))
+    """few_token_model's (model, params) for so many processes, or as many as have something to share out."""
+    n_units, n_vocab = params["blocks"][0]["mlp"]["c_fc"]["w"].shape[1], len(params["wte"])
+    team = Team(min(n_processes, n_head, n_blocks(n_units), n_blocks(n_vocab)))
 
     def in_a_helper():
         blas().limit(limits=1)
@@ -209,7 +209,7 @@ class SharedColumns:
 
     def __init__(self, w, team):  # [n_in, n_out]
         n_in, n_out = w.shape
-        ends = [min(WIDTH * end, n_out) for end in shares(-(-n_out // WIDTH), team.n)]
+        ends = [min(WIDTH * end, n_out) for end in shares(n_blocks(n_out), team.n)]
         self.team, self.part, self.widths = team, parts(ends)[team.i], np.diff([0, *ends]).tolist()
         self.columns, self.shape = Columns(w[:, self.part]), (n_in, n_out if team.i == 0 else 0)
 
@@ -237,7 +237,7 @@ def share_of_params(params, n_head, team):
 
 def share_of_block(block, n_head, team):
     n_units = block["mlp"]["c_fc"]["w"].shape[1]
-    ends = [min(WIDTH * end, n_units) for end in shares(-(-n_units // WIDTH), team.n)]
+    ends = [min(WIDTH * end, n_units) for end in shares(n_blocks(n_units), team.n)]
     attn = share_of_heads(block["attn"], n_head, share(n_head, team))
     mlp = share_of_units(block["mlp"], parts(ends)[team.i])
     sizes = [layer["w"].shape for part in (attn, mlp) for layer in part.values()]
@@ -270,6 +270,10 @@ def share_of_units(mlp, part):
 def once(b, part):
     """The offset of a sum over shares: the first share adds it, the others add nothing."""
     return b.copy() if part.start == 0 else 0
+
+
+def n_blocks(n_columns):
+    return -(-n_columns // WIDTH)
 
 
 def shares(n, n_processes):

@@ -257,8 +257,8 @@ def test_without_small_kernels_it_is_gpt2_itself(monkeypatch, there):
 
 
 def test_there_are_never_more_processes_than_shares():
-    """30 wide, 5 heads, 120 hidden units in two blocks; and 3 heads for 8 processes."""
-    for hparams in (WIDE | {"n_embd": 30}, TINY):
+    """30 wide, 5 heads, 120 hidden units in two blocks; 3 heads for 8 processes; two blocks of tokens."""
+    for hparams in (WIDE | {"n_embd": 30}, TINY, WIDE | {"n_vocab": 65}):
         params = nest(random_tensors(hparams), hparams["n_layer"])
         model, laid_out = parallel.shared(params, hparams["n_head"], 8)
         expected = gpt2.gpt2([1, 2, 3], **params, n_head=hparams["n_head"])
