@@ -10,6 +10,7 @@ import codecs
 import contextlib
 import math
 import os
+import signal
 import sys
 import time
 
@@ -166,6 +167,7 @@ def exit_code(program, work):
     try:
         return work() or 0
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end in a traceback of Python's own exit
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # whoever read our output has seen enough
         drop_output()

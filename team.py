@@ -65,9 +65,9 @@ class Team:
         self.i, self.parent = i, os.getppid()
         with contextlib.suppress(MemoryError, EOFError):  # it ends, and the first process will find out, or has ended
             actions = make_actions()
-            while message := pipe.recv():
-                self.n_pass, self.n_met = message[0], 0
-                dropped, name, args = message[1:]
+            while True:
+                self.n_pass, dropped, name, args = pipe.recv()
+                self.n_met = 0
                 actions["forget"](dropped)
                 try:
                     self.meet()
@@ -164,7 +164,6 @@ def send_home(helpers, pid):
     if os.getpid() != pid:  # a helper has copies of other teams
         return
     for helper, pipe in helpers:
-        with contextlib.suppress(OSError):
-            pipe.send(None)
         pipe.close()
-        helper.join(1)
+        helper.terminate()  # in the midst of what is no longer wanted
+        helper.join()
