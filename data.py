@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-from download import download_file
+from download import download_file, sha256_of
 from encoder import END_OF_TEXT, Encoder, bytes_to_unicode, merge_lines
 from errors import CorruptFile, UserError
 from files import decode_utf8, replacing
@@ -27,7 +27,7 @@ LLM_C_VALIDATION = 32_768  # tokens
 def read_dataset(dataset, data_dir):
     """The text of the file that dataset names; "tinyshakespeare" is downloaded to data_dir unless it is there.
 
-    Raises UserError when there is no such file, or it is empty or not UTF-8.
+    Raises UserError when there is no such file, or it is empty, not UTF-8, or not tinyshakespeare as published.
     """
     path, data_dir = os.path.expanduser(dataset), os.path.expanduser(data_dir)
     if dataset == "tinyshakespeare" and not os.path.exists(dataset):
@@ -36,6 +36,9 @@ def read_dataset(dataset, data_dir):
             os.makedirs(data_dir, exist_ok=True)
             print(f"downloading {TINYSHAKESPEARE[0]} to {path}", file=sys.stderr, flush=True)
             download_file(*TINYSHAKESPEARE[:1], path, *TINYSHAKESPEARE[1:], "give the path of a copy instead")
+        elif sha256_of(path) != TINYSHAKESPEARE[2]:
+            what = f"{os.path.getsize(path)} bytes and another sha256, the original has {TINYSHAKESPEARE[1]} bytes"
+            raise UserError(f"{path} was altered ({what}); remove it, and it is downloaded anew")
     if not os.path.isfile(path):
         raise UserError(f"no data file {path!r}; give the path of a text file, or tinyshakespeare")
     with open(path, "rb") as f:

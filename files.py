@@ -29,14 +29,17 @@ def read_json(path):
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """A binary file that takes path's place when all of it is written, and leaves nothing behind when it is not."""
+def replacing(path, remedy="make room, or choose another --models_dir"):
+    """A binary file that takes path's place when all of it is written, and leaves nothing behind when it is not.
+
+    remedy: what else a person can do.
+    """
     try:
         with open(path + ".tmp", "wb") as f:
             yield f
         os.replace(path + ".tmp", path)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); make room, or choose another --models_dir") from None
+        raise UserError(f"cannot write {path} ({error.strerror}); {remedy}") from None
     finally:
         with contextlib.suppress(OSError):
             os.remove(path + ".tmp")

@@ -741,11 +741,16 @@ def test_tinyshakespeare_is_downloaded_once(tmp_path, monkeypatch):
         fetched.append((url, size, sha256))
         write(tmp_path / "data" / "tinyshakespeare.txt", b"First Citizen:")
 
+    published = ("http://127.0.0.1:9/input.txt", 14, hashlib.sha256(b"First Citizen:").hexdigest())
+    monkeypatch.setattr(data, "TINYSHAKESPEARE", published)
     monkeypatch.setattr(data, "download_file", fake)
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         assert data.read_dataset("tinyshakespeare", str(tmp_path / "data")) == "First Citizen:"
-    assert fetched == [data.TINYSHAKESPEARE]
+    assert fetched == [published]
+    write(tmp_path / "data" / "tinyshakespeare.txt", b"First Citizen!")
+    with pytest.raises(UserError, match=r"tinyshakespeare\.txt was altered \(14 bytes and another sha256, .* remove it"):
+        data.read_dataset("tinyshakespeare", str(tmp_path / "data"))
 
 
 def test_without_a_network_a_copy_of_tinyshakespeare_will_do(run, tmp_path, monkeypatch):
