@@ -17,7 +17,19 @@ from picture import check_picture, new_figure, save_figure
 from train_cli import positive_rate, share
 
 PRESETS = {"cpu": (CPU, SCALED_UP), "gpu": (GPU, GPU)}  # of all rungs but the last, of the last
-TYPES = {"dropout_rate": share, "lr_rate": positive_rate}
+NUMBERS = {  # type, and what it is
+    "batch_size": (positive_number, "pieces of text at a time"),
+    "block_size": (positive_number, "characters in a piece, the context"),
+    "d_model": (positive_number, "numbers that stand for a character"),
+    "d_k": (positive_number, "width of a query, a key and a value"),
+    "Nx": (positive_number, "blocks"),
+    "h": (positive_number, "heads"),
+    "dropout_rate": (share, "the share that is dropped"),
+    "lr_rate": (positive_rate, "AdamW's learning rate"),
+    "num_iter": (positive_number, "steps"),
+    "eval_interval": (positive_number, "steps between evaluations"),
+    "eval_iters": (positive_number, "batches in an evaluation"),
+}
 SAMPLE = 40  # characters of a text in the table
 WIDTHS = {"rung": 12, "parameters": 10, "seconds": 7, "train loss": 10, "validation loss": 15, "change": 17}
 WIDTHS |= {"sample": SAMPLE}
@@ -28,20 +40,21 @@ def make_parser():
         prog="baby_gpt.py",
         description="Climb from a table of letter pairs to GPT-2, training a model on each rung.",
         argument_default=argparse.SUPPRESS,
+        hint=" (the name of a rung goes after --rung)",
     )
     add, one_of = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument
     one_of("--rung", choices=RUNGS, metavar="NAME", help=f"train one: {', '.join(RUNGS)}")
     one_of("--all", action="store_true", help="train all, one after the other")
     one_of("--markov", action="store_true", help="train a GPT of 0s and 1s, and show it as a Markov chain (markov.py)")
     add("--draw", metavar="FILE", help="the picture (default: baby_gpt.png for --all, markov.png for --markov)")
-    add("--seed", type=whole_number, default=1337, metavar="N", help="the same seed trains the same model")
+    add("--seed", type=whole_number, default=1337, metavar="N", help="1337 if not given; another one, another model")
     add("--dataset", metavar="FILE", help="a UTF-8 text file (default tinyshakespeare, which is downloaded)")
     add("--data_dir", metavar="DIR", help="where tinyshakespeare is downloaded to (default data)")
     add("--preset", choices=PRESETS, help="the numbers that are not given: cpu (default), or gpu, for days on a CPU")
-    for name in CPU:
+    for name, (kind, meaning) in NUMBERS.items():
         values = f"[cpu {CPU[name]}, its scaled_up {SCALED_UP[name]}, gpu {GPU[name]}]"
         flag = "--steps" if name == "num_iter" else f"--{name}"
-        add(flag, dest=name, type=TYPES.get(name, positive_number), metavar="N", help=values)
+        add(flag, dest=name, type=kind, metavar="N", help=f"{meaning} {values}")
     return parser
 
 
@@ -114,13 +127,14 @@ def printable(text):
 
 
 def draw_curves(results, path):
-    """The validation losses over the steps."""
+    """The validation losses over the steps; the first, of untrained models, lie above the picture."""
     from matplotlib import colormaps
 
-    figure = new_figure(9, 6)
+    figure = new_figure(10, 6)
     axes = figure.add_subplot(xlabel="step", ylabel="validation loss (nats a character)")
     for result, color in zip(results, colormaps["turbo"](np.linspace(0, 1, len(results))), strict=True):
         steps, _, losses = zip(*result.curve, strict=True)
         axes.plot(steps, losses, marker=".", color=color, label=f"{losses[-1]:.3f}  {result.rung}")
-    axes.legend()
+    axes.set_ylim(top=1.02 * max(result.curve[1][2] for result in results))
+    figure.legend(loc="outside right upper")
     save_figure(figure, path)

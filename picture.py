@@ -5,6 +5,8 @@ import os
 from errors import UserError
 from files import replacing
 
+REMEDY = "make room, or choose another place for the picture"
+
 
 def check_picture(path):
     """Raises UserError where save_figure would fail, before there is work to lose."""
@@ -16,9 +18,12 @@ def check_picture(path):
         raise UserError(f"{path!r} has no ending that names a picture; choose a name with .png, .svg or .pdf")
     if os.path.isdir(path):
         raise UserError(f"cannot write {path} (it is a folder); choose another name for the picture")
-    with writing(path + ".try"):
-        pass
-    os.remove(path + ".try")
+    try:
+        with open(path + ".tmp", "wb"):
+            pass
+        os.remove(path + ".tmp")
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); {REMEDY}") from None
 
 
 def new_figure(width, height):
@@ -29,12 +34,8 @@ def new_figure(width, height):
 
 
 def save_figure(figure, path):
-    with writing(path) as f:
+    with replacing(path, REMEDY) as f:
         figure.savefig(f, format=ending(path), dpi=120)
-
-
-def writing(path):
-    return replacing(path, "make room, or choose another place for the picture")
 
 
 def ending(path):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import subprocess
 import sys
 
 import numpy as np
@@ -346,6 +347,7 @@ def test_control_characters_of_the_text_do_not_reach_the_terminal(run, tmp_path)
         ("--rung atention", ["invalid choice: 'atention'", *RUNGS]),
         ("--rung", ["--rung"]),
         ("--rung bigram --all", ["not allowed with"]),
+        ("--all bigram", ["goes after --rung"]),
         ("--rung bigram --steps 0", ["--steps: 0 is too few", "--help"]),
         ("--rung bigram --steps -1", ["--steps"]),
         ("--rung bigram --steps many", ["--steps", "'many'"]),
@@ -388,6 +390,13 @@ def test_a_training_that_diverges_says_so(run):
     code, _, err = run("--rung layer_norm --lr_rate 1e30 --steps 8 --eval_interval 4 --eval_iters 1")
     assert code == 2 and "Warning" not in err
     assert "nan: it diverged; set --lr_rate below 1e+30" in err.splitlines()[-1]
+
+
+def test_as_a_program(tmp_path):
+    found = subprocess.run(
+        [sys.executable, ROOT / "baby_gpt.py", "--markov", "--steps", "1"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (found.returncode, found.stderr) == (0, "drawn: markov.png\n") and "step  0: loss 0." in found.stdout
 
 
 def test_ctrl_c(run, monkeypatch):
