@@ -78,6 +78,14 @@ def probability(text):
     return number(text)
 
 
+def page_or_picture(text):
+    if not text.lower().endswith((".html", ".png")):
+        raise argparse.ArgumentTypeError(
+            f"{text[:100]!r} ends neither in .html nor in .png; for the explanation as text, --explain goes last"
+        )
+    return text
+
+
 def n_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -142,6 +150,16 @@ def make_parser():
         "before, auto does so where the text repeats itself (default off)",
     )
     add("--draft_model", metavar="NAME", help="guess with a smaller model of the same vocabulary")
+    add(
+        "--explain",
+        type=page_or_picture,
+        nargs="?",
+        const=True,
+        metavar="OUT",
+        help="show what the model makes of the prompt, and continue nothing: its tokens, and the likeliest next ones "
+        "after every layer; OUT.html: a page, with every head's attention too; OUT.png: the attention drawn (at most "
+        "128 tokens each). Goes behind the prompt",
+    )
     add("--interactive", action="store_true", help="ask for one prompt after another; Ctrl-D leaves")
     return parser
 
@@ -152,6 +170,11 @@ def run(argv=None):
 
 
 def answer(options):
+    if options.explain is not None:
+        from explain_cli import run_explain
+
+        run_explain(options)
+        return
     check_options(options)
     if options.prompts_file is None:
         Writer(options).run()

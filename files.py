@@ -29,17 +29,17 @@ def read_json(path):
 
 
 @contextlib.contextmanager
-def replacing(path, remedy="make room, or choose another --models_dir"):
+def replacing(path, remedy="choose another --models_dir"):
     """A binary file that takes path's place when all of it is written, and leaves nothing behind when it is not.
 
-    remedy: what else a person can do.
+    remedy: what a person can do, besides making room, where that fails with a UserError.
     """
     try:
         with open(path + ".tmp", "wb") as f:
             yield f
         os.replace(path + ".tmp", path)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); {remedy}") from None
+        raise UserError(f"cannot write {path} ({error.strerror}); make room, or {remedy}") from None
     finally:
         with contextlib.suppress(OSError):
             os.remove(path + ".tmp")
