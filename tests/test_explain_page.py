@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import pathlib
 import re
 import shutil
 import threading
@@ -12,9 +13,11 @@ import pytest
 import cli
 import explain
 import explain_cli
+from explain_page import as_page
 from tests.conftest import TINY
 
 PROMPT = "Dear <b>Sir</b>,\n你 🤗\\ and"
+LONG = "Dear Sir or Madam, " * 5
 HOSTILE = """</script><script>document.title = "mine"; alert(1)</script><img src=x onerror=alert(2)>"><!--'{{data}}"""
 PHONE, DESK = {"width": 360, "height": 740}, {"width": 1200, "height": 900}
 # every element with a text of its own, and the contrast of it with what is behind it (WCAG 2.2, 1.4.3)
@@ -70,7 +73,10 @@ def page_of(tiny_models_dir, tmp_path_factory):
 
 @pytest.fixture
 def opened(browser, page_of):
-    """A function from a prompt, a viewport and a colour scheme to the open page; at the end it must have been quiet."""
+    """A function from a prompt (or a page's path), a viewport and a colour scheme to the page, open.
+
+    At the end none of them may have said anything, asked anything, or requested anything but itself.
+    """
     said, pages = [], []
 
     def open_page(prompt=PROMPT, viewport=DESK, color_scheme="light"):
@@ -79,7 +85,7 @@ def opened(browser, page_of):
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
         page.on("request", lambda request: said.append(request.url) if request.url != url else None)
-        url = page_of(prompt).as_uri()
+        url = (prompt if isinstance(prompt, pathlib.Path) else page_of(prompt)).as_uri()
         page.goto(url)
         pages.append(page)
         return page
@@ -198,6 +204,21 @@ def test_a_prompt_stays_text(opened, tiny, forward, prompt):
     assert page.locator("img, iframe").count() == 0
 
 
+def test_a_vocabulary_stays_text(opened, tmp_path):
+    """Tokens and a model that are themselves what would end the data or run."""
+    words = [HOSTILE, "<!--", "<script>", "</script>", "]]>", "&lt;", '"', "\\u003c", "\u2028"]
+    ids = list(range(len(words)))
+    layers = [[[(i, 1 / len(ids)) for i in ids]] * len(ids)] * 2
+    attention = np.full((1, 1, len(ids), len(ids)), 0.5, dtype=np.float32)
+    path = tmp_path / "out.html"
+    path.write_bytes(as_page("<img src=x onerror=alert(3)>", ids, words.__getitem__, layers, attention))
+    page = opened(path)
+    assert page.title() == "What GPT-2 makes of a prompt"
+    assert shown_tokens(page.locator("#tokens")) == shown_tokens(page.locator("#next")) == words
+    assert "The model <img src=x onerror=alert(3)>:" in page.locator("#about").text_content()
+    assert page.locator("img, iframe").count() == 0
+
+
 def test_the_page_can_fetch_nothing(opened, browser, page_of):
     """What its Content-Security-Policy is for: of a script that tries, nothing reaches a server."""
     reached = []
@@ -260,26 +281,38 @@ def test_all_of_it_by_keyboard(opened, tiny, forward):
 
 
 def test_what_has_the_focus_is_seen_and_named(opened, tiny, forward):
-    page = opened(viewport=PHONE)
-    n = len(forward(PROMPT)[0])
-    names = []
-    for _ in range(3):
-        page.keyboard.press("Tab")
-        page.keyboard.press("ArrowLeft")
-        names.append(page.evaluate("document.activeElement.getAttribute('aria-label')"))
+    page, ids = opened(LONG, PHONE), forward(LONG)[0]
+    n, tokens = len(ids), page.locator("#tokens")
+    assert tokens.evaluate("(e) => e.scrollHeight > e.clientHeight"), "all tokens fit: there is nothing to test"
+
+    chosen, box = page.locator("#tokens label:has(:checked)").bounding_box(), tokens.bounding_box()
+    assert box["y"] <= chosen["y"] <= chosen["y"] + chosen["height"] <= box["y"] + box["height"]
+
+    def press(*keys):
+        """Presses them, sees that the focus is where one sees it, and returns the name it has."""
+        for key in keys:
+            page.keyboard.press(key)
         label = page.locator("label:has(:focus)")
         style = label.evaluate("(e) => [getComputedStyle(e).outlineStyle, getComputedStyle(e).outlineWidth]")
         assert style == ["solid", "3px"]
-        box, tokens = label.bounding_box(), page.locator("#tokens").bounding_box()
-        assert box["y"] >= 0 and box["y"] + min(box["height"], 100) <= PHONE["height"]
-        if len(names) > 1:
-            assert box["y"] >= tokens["y"] + tokens["height"], "hidden under the tokens"
+        box, list_box = label.bounding_box(), tokens.bounding_box()
+        bottom, list_bottom = box["y"] + box["height"], list_box["y"] + list_box["height"]
+        if tokens.locator(":focus").count():
+            assert list_box["y"] <= box["y"] < bottom <= list_bottom
         else:
-            assert tokens["y"] <= box["y"] and box["y"] + box["height"] <= tokens["y"] + tokens["height"]
-    token = forward(PROMPT)[0][n - 2]
-    assert names[0] == f"token {n - 1} of {n}: {explain_cli.visible(tiny[0], token)}, id {token}"
-    assert names[1] == f"layer {TINY['n_layer']} of {TINY['n_layer']}"
-    assert re.match(rf"head {TINY['n_head']} of {TINY['n_head']}, most: ", names[2])
+            assert list_bottom <= box["y"], "hidden under the tokens"
+        assert bottom <= PHONE["height"]
+        return label.locator("input").get_attribute("aria-label")
+
+    def name(i):
+        return f"token {i + 1} of {n}: {explain_cli.visible(tiny[0], ids[i])}, id {ids[i]}"
+
+    assert [press("Tab"), press("ArrowRight")] == [name(n - 1), name(0)]
+    assert [press("ArrowRight") for _ in range(n - 1)] == [name(i) for i in range(1, n)]
+    assert press("Tab", "ArrowLeft") == f"layer {TINY['n_layer']} of {TINY['n_layer']}"
+    assert re.match(rf"head {TINY['n_head']} of {TINY['n_head']}, most: ", press("Tab", "ArrowLeft"))
+    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    assert press("Shift+Tab").startswith("layer ")
 
 
 def test_groups_and_maps_have_names(opened):
@@ -295,13 +328,14 @@ def test_groups_and_maps_have_names(opened):
 # On a phone, by day and by night
 
 
-@pytest.mark.parametrize("width", [320, 360, 400, 768, 1600])
-@pytest.mark.parametrize("prompt", [PROMPT, HOSTILE, "a"])
-def test_no_width_needs_scrolling_sideways(opened, prompt, width):
-    page = opened(prompt, {"width": width, "height": 740})
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+@pytest.mark.parametrize("prompt", [PROMPT, LONG, HOSTILE, "a"])
+def test_no_width_needs_scrolling_sideways(opened, prompt):
+    page = opened(prompt)
     beyond = "(w) => [...document.querySelectorAll('body *')].filter((e) => e.getBoundingClientRect().right > w + 0.5)"
-    assert page.evaluate(f"(w) => ({beyond})(w).map((e) => e.outerHTML)", width) == []
+    for width in (320, 360, 400, 768, 1600):
+        page.set_viewport_size({"width": width, "height": 740})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate(f"(w) => ({beyond})(w).map((e) => e.outerHTML)", width) == [], width
 
 
 def test_fingers_find_what_can_be_chosen(opened):
@@ -328,4 +362,8 @@ def test_the_maps_follow_when_night_falls(opened):
     accent = "document.querySelector('#map canvas').getContext('2d').fillStyle"
     assert page.evaluate(accent) == "#174ea6"
     page.emulate_media(color_scheme="dark")
-    page.wait_for_function(f"{accent} === '#8ab4f8'", timeout=2000)
+    for _ in range(100):
+        page.wait_for_timeout(50)
+        if page.evaluate(accent) == "#8ab4f8":
+            return
+    pytest.fail("the maps are still in the colour of the day")
