@@ -11,7 +11,7 @@ from tqdm import tqdm
 from cli import make_parser, read_prompt
 from errors import UserError
 from explain import lens, likeliest, trace
-from files import replacing
+from files import check_writable, replacing
 from utils import load_encoder_hparams_and_params
 
 K = 10  # next tokens shown
@@ -83,13 +83,7 @@ def check_output(path, prompt_file):
         raise UserError("matplotlib, which draws the picture, is not installed; pip install matplotlib")
     if prompt_file is not None and os.path.exists(path) and os.path.samefile(path, prompt_file):
         raise UserError(f"{path} is the prompt's own file; {REMEDY}")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"cannot write {path} (it is there and is no file); {REMEDY}")
-    try:
-        with open(path + ".tmp", "wb"):
-            os.remove(path + ".tmp")
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); {REMEDY}") from None
+    check_writable(path, REMEDY)
 
 
 def check_length(n_tokens, n_ctx, path):

@@ -1,6 +1,7 @@
 """Files read and written whole: JSON objects in, anything out by way of a temporary file."""
 
 import contextlib
+import errno
 import json
 import os
 
@@ -43,3 +44,14 @@ def replacing(path, remedy="choose another --models_dir"):
     finally:
         with contextlib.suppress(OSError):
             os.remove(path + ".tmp")
+
+
+def check_writable(path, remedy):
+    """Raises UserError where replacing() would, before there is work to lose."""
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError(errno.EEXIST, "it is there and is no file")
+        with open(path + ".tmp", "wb"):
+            os.remove(path + ".tmp")
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); {remedy}") from None

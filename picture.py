@@ -3,9 +3,9 @@
 import os
 
 from errors import UserError
-from files import replacing
+from files import check_writable, replacing
 
-REMEDY = "make room, or choose another place for the picture"
+REMEDY = "choose another place for the picture"
 
 
 def check_picture(path):
@@ -16,14 +16,7 @@ def check_picture(path):
         raise UserError(f"drawing {path} takes matplotlib ({error}); pip install matplotlib") from None
     if ending(path) not in FigureCanvasBase.get_supported_filetypes():
         raise UserError(f"{path!r} has no ending that names a picture; choose a name with .png, .svg or .pdf")
-    if os.path.isdir(path):
-        raise UserError(f"cannot write {path} (it is a folder); choose another name for the picture")
-    try:
-        with open(path + ".tmp", "wb"):
-            pass
-        os.remove(path + ".tmp")
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); {REMEDY}") from None
+    check_writable(path, REMEDY)
 
 
 def new_figure(width, height):

@@ -360,7 +360,7 @@ def test_control_characters_of_the_text_do_not_reach_the_terminal(run, tmp_path)
         ("--rung bigram --draw nowhere/x.png", ["cannot write nowhere/x.png", "No such file"]),
         ("--rung bigram --draw text.txt", ["'text.txt'", ".png, .svg or .pdf"]),
         ("--all --draw curves", ["'curves'", ".png"]),
-        ("--rung bigram --draw folder.png", ["folder.png", "is a folder"]),
+        ("--rung bigram --draw folder.png", ["folder.png", "is no file"]),
         ("--markov --draw nowhere/x.png", ["cannot write nowhere/x.png"]),
         ("--markov --d_model 32", ["--d_model is for the rungs", "--steps"]),
         ("--markov --steps 0", ["--steps: 0 is too few"]),
