@@ -190,6 +190,20 @@ def test_only_the_last_two_rungs_drop_and_only_while_training(monkeypatch):
         made.clear()
 
 
+def test_evaluations_drop_nothing_and_see_the_same_batches():
+    text = np.arange(200) % 5
+    options = SMALL | {"num_iter": 2, "eval_interval": 1, "eval_iters": 2, "lr_rate": 1e-30}  # no weight moves
+    curve = baby_gpt.train("dropout", options, {"train": text, "val": text}, "abcde").curve
+    assert len(curve) == 3 and len({losses for _, *both in curve for losses in both}) == 1
+
+
+def test_the_training_split_is_trained_on():
+    splits = {"train": np.zeros(100, int), "val": np.ones(100, int)}
+    options = SMALL | {"num_iter": 30, "eval_interval": 30, "eval_iters": 2, "lr_rate": 0.1}
+    _, train_loss, val_loss = baby_gpt.train("bigram", options, splits, "abcde").curve[-1]
+    assert train_loss < 0.5 < val_loss
+
+
 def test_the_shape_comments_are_true():
     checker = Checker(baby_gpt)
 
