@@ -115,8 +115,8 @@ def cells(result, before=None):
     _, train_loss, val_loss = result.curve[-1]
     change = ""
     if before:
-        change = f"{val_loss - before.curve[-1][2]:+.4f}"
-        change += "" if change.startswith("-") else " no better"
+        difference = round(val_loss - before.curve[-1][2], 4)
+        change = f"{difference:+.4f}" + ("" if difference < 0 else " no better")
     text = printable(result.text[:SAMPLE]).replace("\n", "⏎")
     losses = f"{train_loss:.4f}", f"{val_loss:.4f}"
     return result.rung, str(result.n_params), f"{result.seconds:.1f}", *losses, change, text

@@ -305,7 +305,7 @@ def test_all_prints_a_table_and_draws_it(run, tmp_path):
     for (_, *below), (_, *cells) in itertools.pairwise(lines):
         change = float(cells[3]) - float(below[3])
         assert abs(float(cells[4].split()[0]) - change) < 2e-4
-        assert cells[4].endswith("no better") == (not cells[4].startswith("-"))
+        assert cells[4].endswith("no better") == (float(cells[4].split()[0]) >= 0)
     assert any("no better" in line[5] for line in lines) and not all("no better" in line[5] for line in lines[1:])
     assert set(tmp_path.iterdir()) == {tmp_path / "text.txt", tmp_path / "baby_gpt.png"}
     assert (tmp_path / "baby_gpt.png").read_bytes().startswith(b"\x89PNG")
@@ -317,6 +317,7 @@ def test_no_change_is_no_better():
 
     assert baby_cli.cells(result(2.5), result(2.75))[5] == "-0.2500"
     assert baby_cli.cells(result(2.5), result(2.5))[5] == "+0.0000 no better"
+    assert baby_cli.cells(result(2.49999), result(2.5))[5].endswith("no better"), "what is printed is the same"
     assert baby_cli.cells(result(2.75), result(2.5))[5] == "+0.2500 no better"
 
 
