@@ -18,6 +18,7 @@ import math
 import sys
 
 import numpy as np
+from tqdm import tqdm
 
 import fused
 import gpt2
@@ -63,7 +64,7 @@ def train(tensors, zeros, steps=STEPS):
     optimizer = AdamW(tensors, weight_decay=0.1, decays=lambda _: True)
     inputs, targets = examples()
     losses = []
-    for _ in range(steps):
+    for _ in tqdm(range(steps), unit="step", disable=None, leave=False):
         leaves = {name: Tensor(array) for name, array in tensors.items()}
         loss = fused.cross_entropy(next_logits(leaves | zeros, inputs), targets)
         loss.backward()
@@ -156,8 +157,7 @@ def draw_arrow(axes, state, to, share, color):
     along = end - start
     middle = (start + end) / 2 + bend / 2 * along[::-1] * (1, -1)  # of the curve that matplotlib calls arc3
     style = {"arrowstyle": "-|>", "mutation_scale": 8 + 12 * share, "linewidth": 0.5 + 5 * share, "color": color}
-    axes.annotate(
-        "", end, start, arrowprops=style | {"connectionstyle": f"arc3,rad={bend}", "shrinkA": 1, "shrinkB": 1}
-    )
+    style |= {"connectionstyle": f"arc3,rad={bend}", "shrinkA": 1, "shrinkB": 1}
+    axes.annotate("", end, start, arrowprops=style)
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
     axes.text(*middle, f"{share:.0%}", ha="center", va="center", fontsize=9, bbox=box)
