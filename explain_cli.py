@@ -6,11 +6,13 @@ import shutil
 import sys
 import unicodedata
 
+import numpy as np
 from tqdm import tqdm
 
 from cli import make_parser, read_prompt
 from errors import UserError
 from explain import lens, likeliest, trace
+from explain_page import TEMPLATE, as_page
 from files import check_writable, replacing
 from utils import load_encoder_hparams_and_params
 
@@ -31,6 +33,8 @@ def run_explain(options):
     ids = encoder.encode(prompt)
     check_length(len(ids), hparams["n_ctx"], path)
     traced = trace(ids, params, hparams["n_head"], last_only=path is None)
+    if not np.all(np.isfinite(traced.logits)):
+        raise UserError(f"{options.model_size}'s weights are not sound, its logits not numbers; get the model anew")
     if path is None:
         print(as_text(encoder, ids, list(after_each_layer(traced, params))))
     else:
@@ -49,8 +53,6 @@ def write_file(path, name, encoder, ids, traced, params):
 
         data = as_picture([shortened(visible(encoder, i)) for i in ids], traced.attention)
     else:
-        from explain_page import as_page
-
         layers = list(after_each_layer(traced, params))
         data = as_page(name, ids, lambda i: visible(encoder, i), layers, traced.attention)
     with replacing(path, REMEDY) as f:
@@ -81,8 +83,9 @@ def check_output(path, prompt_file):
     """Raises UserError where replacing() would fail, before there is work to lose."""
     if is_picture(path) and importlib.util.find_spec("matplotlib") is None:
         raise UserError("matplotlib, which draws the picture, is not installed; pip install matplotlib")
-    if prompt_file is not None and os.path.exists(path) and os.path.samefile(path, prompt_file):
-        raise UserError(f"{path} is the prompt's own file; {REMEDY}")
+    for kept, what in ((prompt_file, "the prompt's own file"), (TEMPLATE, "what every page is made from")):
+        if kept is not None and os.path.exists(path) and os.path.samefile(path, kept):
+            raise UserError(f"{path} is {what}; {REMEDY}")
     check_writable(path, REMEDY)
 
 
@@ -132,9 +135,8 @@ def as_text(encoder, ids, layers):
     lines += ["", f"the likeliest next tokens, after layer {len(layers) - 1}, the last:"]
     lines += [f"{i:4}  {p:7.2%}  {token}" for i, (p, token) in enumerate(layers[-1], 1)]
     lines += ["", "the same if the model ended after an earlier layer (0: the embeddings), in percent:"]
-    return "\n".join(
-        [*lines, *table([[f"{100 * p:5.1f} {shortened(token)}" for p, token in row] for row in layers[:-1]])]
-    )
+    lines += table([[f"{100 * p:5.1f} {shortened(token)}" for p, token in row] for row in layers[:-1]])
+    return "\n".join(lines)
 
 
 def table(rows):

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -55,13 +56,16 @@ def their_pass(theirs):
 
 @pytest.fixture(scope="session")
 def explain_models_dir(tiny_models_dir, tmp_path_factory):
-    """A models_dir with the tiny model, and with "long", which has room for 200 tokens, one a byte."""
+    """A models_dir with the tiny model, "long", with room for 200 tokens, one a byte, and "broken", of no numbers."""
     path = tmp_path_factory.mktemp("explain")
     (path / "tiny").symlink_to(tiny_models_dir / "tiny")
-    (path / "long").mkdir()
     hparams = TINY | {"n_vocab": 258, "n_ctx": 200}
-    write_byte_vocabulary(path / "long", hparams["n_vocab"])
-    write_safetensors(path / "long", hparams, random_tensors(hparams))
+    for name in ("long", "broken"):
+        tensors = random_tensors(hparams)
+        tensors["ln_f/b"][0] = np.nan if name == "broken" else 0
+        (path / name).mkdir()
+        write_byte_vocabulary(path / name, hparams["n_vocab"])
+        write_safetensors(path / name, hparams, tensors)
     return path
 
 
@@ -421,6 +425,20 @@ def test_mistakes(inside, tmp_path, monkeypatch, arguments, words):
     assert_mistake(inside(*arguments), *words)
     assert sorted(tmp_path.iterdir()) == before
     assert (tmp_path / "own.html").read_text(encoding="utf-8") == "Hello"
+
+
+def test_the_page_that_pages_are_made_from_stays(inside, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    before = pathlib.Path("explain_page.html").read_bytes()
+    assert_mistake(inside("Hello", "--explain", "explain_page.html"), "explain_page.html", "another")
+    assert pathlib.Path("explain_page.html").read_bytes() == before
+
+
+@pytest.mark.parametrize("output", [[], ["out.html"], ["out.png"]])
+def test_weights_that_are_no_numbers(inside, tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    assert_mistake(inside("Hello", "--explain", *output, model="broken"), "broken's weights are not sound")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_that_cannot_be_written_is_found_before_the_model_is_loaded(inside, tmp_path, monkeypatch):
