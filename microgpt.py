@@ -83,7 +83,7 @@ def attention(x, keys, values, wq, wk, wv, wo):  # [n_embd] -> [n_embd] (Vaswani
     keys.append(linear(x, wk))  # what it is found by, behind the keys of those before it
     values.append(linear(x, wv))  # what it then gives
     for head in (slice(i, i + d) for i in range(0, N_EMBD, d)):  # each has its own d numbers of q, keys and values
-        weights = softmax([dot(q[head], k[head]) * d**-0.5 for k in keys])  # -> [n_seq]
+        weights = softmax([dot(q[head], k[head]) * d**-0.5 for k in keys])  # [n_seq]: how well each key fits
         mixed += [dot(weights, column) for column in zip(*(v[head] for v in values), strict=True)]
     return linear(mixed, wo)
 
