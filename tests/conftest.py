@@ -1,4 +1,5 @@
 import pathlib
+import signal
 
 import pytest
 from transformers import GPT2LMHeadModel  # noqa: F401 (before TensorFlow: with CUDA builds of torch, after it crashes)
@@ -37,6 +38,13 @@ PROMPTS = [
 def no_mirror(monkeypatch):
     """No test downloads anything but from the server it starts itself."""
     monkeypatch.setenv("GPT2_BASE_URL", "http://127.0.0.1:9/nothing-listens-here")
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """A program that was interrupted ignores the next Ctrl-C; tests go on."""
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
