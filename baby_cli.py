@@ -13,22 +13,32 @@ from baby_gpt import CPU, GPU, RUNGS, SCALED_UP, train
 from cli import Parser, exit_code, positive_number, whole_number
 from data import read_dataset, split_text
 from errors import UserError
+from files import same_file
 from picture import check_picture, new_figure, save_figure
 from train_cli import positive_rate, share
 
 PRESETS = {"cpu": (CPU, SCALED_UP), "gpu": (GPU, GPU)}  # of all rungs but the last, of the last
+
+
+def size(text):
+    if (number := positive_number(text)) > MOST:
+        raise argparse.ArgumentTypeError(f"{number} is too many, at most {MOST}")
+    return number
+
+
+MOST = 10_000  # of anything that memory is taken for
 NUMBERS = {  # type, and what it is
-    "batch_size": (positive_number, "pieces of text at a time"),
-    "block_size": (positive_number, "characters in a piece, the context"),
-    "d_model": (positive_number, "numbers that stand for a character"),
-    "d_k": (positive_number, "width of a query, a key and a value"),
-    "Nx": (positive_number, "blocks"),
-    "h": (positive_number, "heads"),
+    "batch_size": (size, "pieces of text at a time"),
+    "block_size": (size, "characters in a piece, the context"),
+    "d_model": (size, "numbers that stand for a character"),
+    "d_k": (size, "width of a query, a key and a value"),
+    "Nx": (size, "blocks"),
+    "h": (size, "heads"),
     "dropout_rate": (share, "the share that is dropped"),
     "lr_rate": (positive_rate, "AdamW's learning rate"),
     "num_iter": (positive_number, "steps"),
     "eval_interval": (positive_number, "steps between evaluations"),
-    "eval_iters": (positive_number, "batches in an evaluation"),
+    "eval_iters": (size, "batches in an evaluation"),
 }
 SAMPLE = 40  # characters of a text in the table
 WIDTHS = {"rung": 12, "parameters": 10, "seconds": 7, "train loss": 10, "validation loss": 15, "change": 17}
@@ -72,6 +82,8 @@ def climb(given):
     path = given.get("draw", "baby_gpt.png" if "all" in given else None)
     if path:
         check_picture(path)
+    if path and same_file(path, given.get("dataset", "")):
+        raise UserError(f"--draw {path} is the text itself; choose another name for the picture")
     data, chars = read_characters(given)
     rungs = RUNGS if "all" in given else [given["rung"]]
     options = {rung: PRESETS[given.get("preset", "cpu")][rung == "scaled_up"] | given for rung in rungs}

@@ -1,7 +1,6 @@
 """gpt2.py --explain: what the model makes of a prompt, as text, or to a page or a picture."""
 
 import importlib.util
-import os
 import shutil
 import sys
 import unicodedata
@@ -13,7 +12,7 @@ from cli import make_parser, read_prompt
 from errors import UserError
 from explain import lens, likeliest, trace
 from explain_page import TEMPLATE, as_page
-from files import check_writable, replacing
+from files import check_writable, replacing, same_file
 from utils import load_encoder_hparams_and_params
 
 K = 10  # next tokens shown
@@ -84,7 +83,7 @@ def check_output(path, prompt_file):
     if is_picture(path) and importlib.util.find_spec("matplotlib") is None:
         raise UserError("matplotlib, which draws the picture, is not installed; pip install matplotlib")
     for kept, what in ((prompt_file, "the prompt's own file"), (TEMPLATE, "what every page is made from")):
-        if kept is not None and os.path.exists(path) and os.path.samefile(path, kept):
+        if kept is not None and same_file(path, kept):
             raise UserError(f"{path} is {what}; {REMEDY}")
     check_writable(path, REMEDY)
 

@@ -30,7 +30,7 @@ def as_page(name, ids, visible, layers, attention):
         "attention": encoded(attention[..., rows, columns]),
     }
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")  # no tag ends it
-    return template().replace("{{data}}", text).encode("utf-8")
+    return template().replace("{{data}}", text).encode("utf-8", "replace")  # a folder's name may be anything
 
 
 def encoded(shares):

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import tempfile
 
 from errors import CorruptFile, UserError
 
@@ -51,7 +52,11 @@ def check_writable(path, remedy):
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError(errno.EEXIST, "it is there and is no file")
-        with open(path + ".tmp", "wb"):
-            os.remove(path + ".tmp")
+        with tempfile.TemporaryFile(dir=os.path.dirname(path) or "."):
+            pass
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}); {remedy}") from None
+
+
+def same_file(path, other):
+    return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)

@@ -1,8 +1,7 @@
 """A whole GPT, trained and sampled, with Python's standard library alone: python microgpt.py
 
 It learns from 32,033 names which letter comes next, and makes up new ones. All arithmetic is on single numbers: slow,
-and nothing is hidden. From top to bottom: numbers that know their derivatives, the model, training, sampling, the
-command line. Model, settings and losses are those of Karpathy's microGPT (2026).
+and nothing is hidden. Model, settings and losses are those of Karpathy's microGPT (2026).
 """
 
 import argparse
@@ -12,6 +11,7 @@ import math
 import os
 import pathlib
 import random
+import sys
 from urllib.request import urlopen
 
 N_LAYER, N_EMBD, N_HEAD, N_CTX = 1, 16, 4, 16  # blocks, numbers that stand for a token, heads, positions
@@ -47,11 +47,10 @@ class Value:
 
     def backward(self):
         """Adds d self / d v to v.grad for every Value v that self was made of: the chain rule, from self backwards."""
-        made, new = {self}, {self}  # made: all of these but the ones that were made of nothing
+        made, new, self.grad = {self}, {self}, 1.0  # made: all of these but the ones that were made of nothing
         while new:  # a loop, for a recursion would end at Python's depth of 1000
             new = {parent for v in new for parent in v.parents if parent.parents} - made
             made |= new
-        self.grad = 1.0
         for v in sorted(made, key=lambda v: v.number, reverse=True):  # each when all that was made of it is done
             for parent, local_grad in zip(v.parents, v.local_grads, strict=True):
                 parent.grad += local_grad * v.grad
@@ -176,7 +175,7 @@ def main(argv=None):
             parser.error(f"--{name} {vars(options)[name]} is not a number from {least} up")
     try:
         docs = read_docs(options.data)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         parser.error(f"{options.data}: {error}; --data FILE takes another text, and {NAMES} is from {URL}")
     random.seed(options.seed)
     random.shuffle(docs)
@@ -195,6 +194,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     try:
+        sys.stdout and sys.stdout.reconfigure(errors="replace")  # where the terminal lacks a letter
         main()
     except (KeyboardInterrupt, BrokenPipeError) as stop:  # Ctrl-C, or the reader of the output has gone
         os._exit(130 if isinstance(stop, KeyboardInterrupt) else 141)

@@ -30,8 +30,8 @@ def few_token_model(params, n_head):
     """
     if not has_small_kernels() or "fork" not in multiprocessing.get_all_start_methods():
         return gpt2, params
-    n_cores = max(library["num_threads"] for library in blas().info())
-    return shared(params, n_head, n_cores if params["wpe"].shape[1] >= SHARE_FROM else 1)
+    alone = params["wpe"].shape[1] < SHARE_FROM or multiprocessing.current_process().daemon  # which may have no helpers
+    return shared(params, n_head, 1 if alone else max(library["num_threads"] for library in blas().info()))
 
 
 def blas():
@@ -218,6 +218,10 @@ class SharedColumns:
 
     def take(self, ids):  # [...] -> [..., n_in]
         """The columns of these numbers, in every process."""
+        if np.any((ids < 0) | (ids >= sum(self.widths))):
+            raise IndexError(
+                f"ids from {np.min(ids)} to {np.max(ids)}; there are those from 0 to {sum(self.widths) - 1}"
+            )
         here = (ids >= self.part.start) & (ids < self.part.stop)  # [...] -> [...]
         rows = self.columns.take(np.where(here, ids - self.part.start, 0))  # [...] -> [..., n_in]
         rows[~here] = 0

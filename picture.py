@@ -14,7 +14,7 @@ def check_picture(path):
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise UserError(f"drawing {path} takes matplotlib ({error}); pip install matplotlib") from None
-    if ending(path) not in FigureCanvasBase.get_supported_filetypes():
+    if ending(path) not in ("png", "svg", "pdf"):
         raise UserError(f"{path!r} has no ending that names a picture; choose a name with .png, .svg or .pdf")
     check_writable(path, REMEDY)
 

@@ -34,7 +34,8 @@ class Team:
     """
 
     def __init__(self, n):
-        self.n, self.i, self.n_pass, self.n_met, self.helpers = n, 0, 0, 0, []
+        self.n, self.i, self.helpers = n, 0, []
+        self.n_pass, self.n_met, self.n_done = 0, 0, 0  # passes begun; meetings in this one; the last that was ended
         self.dropped = []  # names of what helpers need no more: they are told so with the next pass
         if n > 1:
             n_bytes = 8 * LINE * (n + 1)
@@ -44,25 +45,38 @@ class Team:
 
     def start(self, make_actions):
         """Makes the helpers: each calls make_actions(), which returns functions by name, and waits to be told one."""
-        fork = multiprocessing.get_context("fork") if self.n > 1 else None
         for i in range(1, self.n):
-            theirs, ours = fork.Pipe(duplex=False)
-            helper = fork.Process(target=self.help, args=(i, theirs, ours, make_actions), daemon=True)
+            try:
+                self.helpers.append(self.start_helper(i, make_actions))
+            except OSError as error:
+                remedy = "close other programs, or set OPENBLAS_NUM_THREADS=1, which does without"
+                raise UserError(f"cannot start a helper process ({error.strerror}); {remedy}") from None
+
+    def start_helper(self, i, make_actions):
+        """(process, this end of a pipe to it)"""
+        fork = multiprocessing.get_context("fork")
+        theirs, ours = fork.Pipe(duplex=False)
+        helper = fork.Process(target=self.help, args=(i, os.getpid(), theirs, ours, make_actions), daemon=True)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the helper ignores it
+        try:
             with warnings.catch_warnings():  # of threads in this process: they are BLAS's, which is prepared for it
                 warnings.simplefilter("ignore")
                 helper.start()
-            theirs.close()
-            self.helpers.append((helper, ours))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        theirs.close()
+        return helper, ours
 
     def end_with(self, owner):
         """The helpers will end when owner is no more."""
         weakref.finalize(owner, send_home, self.helpers, os.getpid())
 
-    def help(self, i, pipe, other_end, make_actions):
+    def help(self, i, parent, pipe, other_end, make_actions):
         """What a helper does all its life."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to deal with
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever that has made of it
         other_end.close()
-        self.i, self.parent = i, os.getppid()
+        self.i, self.parent = i, parent
         with contextlib.suppress(MemoryError, EOFError):  # it ends, and the first process will find out, or has ended
             actions = make_actions()
             while True:
@@ -74,7 +88,9 @@ class Team:
                     actions[name](*args)
                 except PassIsOver:
                     pass
-                except ValueError:  # the first process has met the same one; if not, it is to hear of it
+                except (MemoryError, EOFError):
+                    raise
+                except Exception:  # the first process has met the same one; if not, it is to hear of it
                     self.counts[LINE * (i + 1) + 1] = self.n_pass
 
     @contextlib.contextmanager
@@ -87,15 +103,26 @@ class Team:
             yield
             return
         dropped, self.dropped = self.dropped, []
+        if self.n_done != self.n_pass:  # a second Ctrl-C came where the first was dealt with
+            self.counts[0] = self.n_pass
         self.n_pass, self.n_met = self.n_pass + 1, 0
         try:
-            for _, pipe in self.helpers:
-                with contextlib.suppress(BrokenPipeError):  # meet() will say so
-                    pipe.send((self.n_pass, dropped, name, args))
+            self.tell((self.n_pass, dropped, name, args))
             self.meet()
             yield
+            self.n_done = self.n_pass
         except BaseException:  # Ctrl-C, too: helpers are not to wait for what does not come
             self.counts[0] = self.n_pass
+            raise
+
+    def tell(self, message):
+        """Sends it to all helpers, or ends them: half a message in a pipe would make nonsense of the next one."""
+        try:
+            for _, pipe in self.helpers:
+                with contextlib.suppress(OSError):  # it has ended: meet() will say so
+                    pipe.send(message)
+        except BaseException:
+            send_home(self.helpers, os.getpid())
             raise
 
     def meet(self):
@@ -165,5 +192,6 @@ def send_home(helpers, pid):
         return
     for helper, pipe in helpers:
         pipe.close()
-        helper.terminate()  # in the midst of what is no longer wanted
+        helper.kill()  # in the midst of what is no longer wanted
+    for helper, _ in helpers:
         helper.join()

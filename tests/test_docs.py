@@ -97,5 +97,4 @@ def test_the_code_that_backward_quotes_is_there():
     quotes = blocks(BACKWARD, "python")
     assert len(quotes) > 5
     for quote in quotes:
-        for line in filter(str.strip, quote.splitlines()):
-            assert any(f"{line}\n" in source for source in sources), line
+        assert any(f"\n{block}\n" in source for source in sources for block in [quote.strip("\n")]), quote
