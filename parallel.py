@@ -219,9 +219,7 @@ class SharedColumns:
     def take(self, ids):  # [...] -> [..., n_in]
         """The columns of these numbers, in every process."""
         if np.any((ids < 0) | (ids >= sum(self.widths))):
-            raise IndexError(
-                f"ids from {np.min(ids)} to {np.max(ids)}; there are those from 0 to {sum(self.widths) - 1}"
-            )
+            raise IndexError(f"ids from {np.min(ids)} to {np.max(ids)}, of {sum(self.widths)}")
         here = (ids >= self.part.start) & (ids < self.part.stop)  # [...] -> [...]
         rows = self.columns.take(np.where(here, ids - self.part.start, 0))  # [...] -> [..., n_in]
         rows[~here] = 0

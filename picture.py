@@ -11,7 +11,7 @@ REMEDY = "choose another place for the picture"
 def check_picture(path):
     """Raises UserError where save_figure would fail, before there is work to lose."""
     try:
-        from matplotlib.backend_bases import FigureCanvasBase
+        import matplotlib.figure  # noqa: F401 (whether it can be)
     except ImportError as error:
         raise UserError(f"drawing {path} takes matplotlib ({error}); pip install matplotlib") from None
     if ending(path) not in ("png", "svg", "pdf"):

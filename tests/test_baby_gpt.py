@@ -349,6 +349,12 @@ def test_what_is_given_goes_over_the_preset(run):
     assert code == 0 and f"| {(n_vocab + 256) * 8 + block + 16} " in out
 
 
+def test_the_picture_does_not_take_the_text_s_place(run, tmp_path):
+    (tmp_path / "text.txt").rename(tmp_path / "text.svg")
+    mistake(run(f"--rung bigram --draw text.svg {SHORT}", "--dataset text.svg"), "--draw text.svg is the text itself")
+    assert "MIT License" in (tmp_path / "text.svg").read_text(encoding="utf-8")
+
+
 def test_control_characters_of_the_text_do_not_reach_the_terminal(run, tmp_path):
     (tmp_path / "text.txt").write_text("\x1b[31m\x07\u202e" * 100, encoding="utf-8")
     code, out, _ = run(f"--rung bigram {SHORT}")
@@ -372,6 +378,9 @@ def test_control_characters_of_the_text_do_not_reach_the_terminal(run, tmp_path)
         ("--rung bigram --preset tpu", ["cpu", "gpu"]),
         ("--rung bigram --dataset nowhere.txt", ["no data file 'nowhere.txt'"]),
         ("--rung bigram --block_size 5000", ["characters to train on", "--block_size 5000", "longer text"]),
+        ("--rung bigram --batch_size 99999999999999999999", ["--batch_size", "at most 10000"]),
+        ("--rung blocks --Nx 10001", ["--Nx", "at most 10000"]),
+        ("--markov --draw x.pgf", ["x.pgf", ".png, .svg or .pdf"]),
         ("--rung bigram --draw nowhere/x.png", ["cannot write nowhere/x.png", "No such file"]),
         ("--rung bigram --draw text.txt", ["'text.txt'", ".png, .svg or .pdf"]),
         ("--all --draw curves", ["'curves'", ".png"]),
@@ -395,7 +404,7 @@ def test_an_altered_text_is_not_trained_on(run, tmp_path):
 
 
 def test_without_matplotlib_a_picture_is_refused_before_the_work(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     mistake(run("--all"), "baby_gpt.png takes matplotlib", "pip install")
     code, _, _ = run(f"--rung bigram {SHORT}")
     assert code == 0

@@ -335,6 +335,17 @@ def test_check_gradients_finds_a_wrong_derivative(monkeypatch, text_file, wrong)
     assert exit.value.code == 1
 
 
+def test_a_terminal_that_lacks_a_letter(tmp_path):
+    (tmp_path / "text.txt").write_text("ñ\n" * 3, encoding="utf-8")
+    done = run("--steps", "1", "--data", str(tmp_path / "text.txt"), env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "sample 20:" in done.stdout and "?" in done.stdout
+
+
+def test_a_proxy_that_is_none(tmp_path):
+    done = run("--steps", "1", cwd=tmp_path, env=os.environ | {"https_proxy": "http://127.0.0.1:abc"})
+    assert_refused(done, "--data FILE")
+
+
 def test_interrupt(text_file):
     with started([*COMMAND, "--data", str(text_file)]) as process:
         for _ in range(4):

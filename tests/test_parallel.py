@@ -1,6 +1,7 @@
 """columns.py and parallel.py: the weights in another layout and shared out, the same model."""
 
 import copy
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -246,6 +247,37 @@ def test_the_context_may_not_overflow(shared):
     n_ctx = len(params["wpe"])
     with pytest.raises(ValueError, match=f"the context is {n_ctx}"):
         model.gpt2(np.zeros(n_ctx + 1, dtype=int), **params, n_head=n_head)
+
+
+@pytest.mark.parametrize("wrong", [300, -1])
+def test_ids_that_are_none_are_refused_and_it_goes_on(shared, wrong):
+    model, params, plain, n_head, _ = shared
+    if len(plain["wte"]) == 300:
+        with pytest.raises(IndexError, match="of 300"):
+            model.gpt2([1, wrong], **params, n_head=n_head)
+    with pytest.raises(TypeError):
+        model.gpt2([None], **params, n_head=n_head)
+    ours = model.gpt2([1, 2], **params, n_head=n_head)
+    np.testing.assert_allclose(ours, gpt2.gpt2([1, 2], **plain, n_head=n_head), atol=1e-4)
+
+
+def in_a_daemon(pipe):
+    hparams = WIDE | {"n_embd": 640}  # from 512 on there are helpers
+    params = nest(random_tensors(hparams), hparams["n_layer"])
+    parallel.has_small_kernels = lambda: True
+    model, laid_out = parallel.few_token_model(params, hparams["n_head"])
+    difference = model.gpt2([1, 2], **laid_out, n_head=5) - gpt2.gpt2([1, 2], **params, n_head=5)
+    pipe.send((laid_out["wte"].T.team.n, float(np.abs(difference).max())))
+
+
+def test_a_daemon_which_may_have_no_helpers_does_without():
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=in_a_daemon, args=(theirs,), daemon=True)
+    process.start()
+    assert ours.poll(60)
+    n, difference = ours.recv()
+    process.join()
+    assert n == 1 and difference < 1e-3
 
 
 @pytest.mark.parametrize("there", [False, True])

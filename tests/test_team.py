@@ -166,6 +166,39 @@ def test_helpers_end_with_their_owner():
         wait_for_the_end_of(pid)
 
 
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda *_: None])
+def test_helpers_end_whatever_is_done_about_sigterm(handler):
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with started(3) as team:
+            summed(team, 3)
+            pids = [helper.pid for helper, _ in team.helpers]
+        gc.collect()
+        for pid in pids:
+            wait_for_the_end_of(pid)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_helper_that_cannot_be_started(monkeypatch):
+    def fork():
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", fork)
+    with pytest.raises(UserError, match="cannot start a helper process .*temporarily.*OPENBLAS_NUM_THREADS=1"):
+        Team(2).start(lambda: {})
+
+
+def test_an_interrupted_message_ends_the_helpers(monkeypatch):
+    with started(3) as team:
+        _, (_, second) = team.helpers
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(second, "send", lambda message: (_ for _ in ()).throw(KeyboardInterrupt))
+            summed(team, 3)
+        with pytest.raises(UserError, match="a helper process has ended"):
+            summed(team, 3)
+
+
 KILLED = """
 import sys, time
 from tests.test_team import numbers, started
