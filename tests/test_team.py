@@ -185,7 +185,7 @@ def test_a_helper_that_cannot_be_started(monkeypatch):
         raise OSError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(os, "fork", fork)
-    with pytest.raises(UserError, match="cannot start a helper process .*temporarily.*OPENBLAS_NUM_THREADS=1"):
+    with pytest.raises(UserError, match=r"cannot start a helper process .*temporarily.*OPENBLAS_NUM_THREADS=1"):
         Team(2).start(lambda: {})
 
 
