@@ -17,6 +17,7 @@ from files import same_file
 from picture import check_picture, new_figure, save_figure
 from train_cli import positive_rate, share
 
+MOST = 10_000  # of anything that memory is taken for
 PRESETS = {"cpu": (CPU, SCALED_UP), "gpu": (GPU, GPU)}  # of all rungs but the last, of the last
 
 
@@ -26,7 +27,6 @@ def size(text):
     return number
 
 
-MOST = 10_000  # of anything that memory is taken for
 NUMBERS = {  # type, and what it is
     "batch_size": (size, "pieces of text at a time"),
     "block_size": (size, "characters in a piece, the context"),
