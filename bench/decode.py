@@ -2,7 +2,7 @@
 
 Each new token has to read every weight but wpe once. The floor is the time that takes at the read bandwidth of the
 machine, which is measured after every few tokens, for it changes within seconds; the ratio says which part of a token's
-time is the floor (1.00 is all of it).
+time is the floor (1.00 is all of it). Then the same with few_token_model (parallel.py), which batches and guesses use.
 """
 
 import sys
@@ -20,7 +20,9 @@ from common import (
     table,
 )
 
+import gpt2
 from gpt2 import generate_tokens
+from parallel import few_token_model
 
 GROUPS, TOKENS = 5, 5  # the first token of a group finds the caches as the bandwidth measurement left them: not counted
 
@@ -30,11 +32,11 @@ def times(tokens, n):
     return [seconds(lambda: next(tokens)) for _ in range(n)]
 
 
-def decode_row(context, params, n_head, rounds):
+def decode_row(model, params, n_head, context, rounds):
     """One row of the table: medians over rounds, the ratio taken within each round."""
     first, each, speeds, ratios = [], [], [], []
     for _ in range(rounds):
-        tokens = generate_tokens(random_ids(context), params, n_head, 1 + GROUPS * TOKENS)
+        tokens = model.generate_tokens(random_ids(context), params, n_head, 1 + GROUPS * TOKENS)
         first += times(tokens, 1)
         spent, passes = [], [read_seconds()]
         for _ in range(GROUPS):
@@ -44,6 +46,7 @@ def decode_row(context, params, n_head, rounds):
         speeds.append(bandwidth(passes))
         ratios.append(BYTES_A_TOKEN / speeds[-1] / each[-1])
     return [
+        "gpt2" if model is gpt2 else "few_token_model",
         context,
         f"{1000 * median(first):.0f}",
         f"{1000 * median(each):.1f}",
@@ -74,8 +77,11 @@ def main():
     _, hparams, params = model_124m()
     print(f"{machine()}; {BYTES_A_TOKEN / 1e6:.1f} MB a token, medians of {rounds} rounds")
     times(generate_tokens(random_ids(32), params, hparams["n_head"], 4), 4)  # touch the pages
-    head = ["context", "first token ms", "ms a token", "tokens/s", "read GB/s", "floor ms", "floor / measured"]
-    table(head, [decode_row(context, params, hparams["n_head"], rounds) for context in (32, 512, 900)])
+    models = [(gpt2, params), few_token_model(params, hparams["n_head"])]
+    head = ["model", "context", "first token ms", "ms a token", "tokens/s", "read GB/s", "floor ms", "floor / measured"]
+    table(
+        head, [decode_row(*model, hparams["n_head"], context, rounds) for model in models for context in (32, 512, 900)]
+    )
     ratios = growth(params, hparams["n_head"], max(3, rounds // 2))
     print(f"200 tokens: the last 20 cost {median(ratios):.2f} times the first 20 [{min(ratios):.2f}-{max(ratios):.2f}]")
     ratios = [linear(params, hparams["n_head"]) for _ in range(3)]
