@@ -42,7 +42,6 @@ def checkout(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkout")
     for source in ROOT.glob("*.py"):
         shutil.copy(source, path)
-    shutil.copytree(ROOT / "tests", path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "models" / "shakespeare", path / "models" / "shakespeare")
     (path / "data").mkdir()
     for name in TEXTS:

@@ -270,6 +270,7 @@ def in_a_daemon(pipe):
     pipe.send((laid_out["wte"].T.team.n, float(np.abs(difference).max())))
 
 
+@pytest.mark.filterwarnings("ignore:os.fork")
 def test_a_daemon_which_may_have_no_helpers_does_without():
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=in_a_daemon, args=(theirs,), daemon=True)
