@@ -267,6 +267,7 @@ class Continuer:
         name, options = self.options.draft_model, self.options
         if not name and options.speculate == "off":
             return None
+        from parallel import few_token_model
         from speculate import Draft, Lookup, Speculation
 
         if not name:
@@ -278,7 +279,8 @@ class Continuer:
                 f"({self.hparams['n_vocab']} tokens); its guesses would mean something else: take one with the same"
             )
         cost = n_numbers(hparams) / n_numbers(self.hparams)
-        return Speculation(self.params, self.n_head, lambda: Draft(params, hparams["n_head"], cost))
+        model, params = few_token_model(params, hparams["n_head"])
+        return Speculation(self.params, self.n_head, lambda: Draft(params, hparams["n_head"], cost, model))
 
     def start_ids(self, prompt):
         """The ids of a prompt; raises UserError where they leave too little room in the model's context."""

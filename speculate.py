@@ -49,12 +49,16 @@ class Lookup:
 
 
 class Draft:
-    """Guesses what a smaller model would choose greedily. It keeps a cache of its own."""
+    """Guesses what a smaller model would choose greedily. It keeps a cache of its own.
 
-    def __init__(self, params, n_head, cost):
-        self.params, self.n_head, self.cost = params, n_head, cost
+    model: gpt2, or few_token_model's with its params. The latter is better beside a model of that kind: for a tenth of a
+    second after a product of BLAS's own threads these go on looking for work, in the way of a helper process.
+    """
+
+    def __init__(self, params, n_head, cost, model=gpt2):
+        self.params, self.n_head, self.cost, self.model = params, n_head, cost, model
         self.n_ctx = params["wpe"].shape[0]
-        self.text, self.cache = [], [gpt2.KVCache(self.n_ctx) for _ in params["blocks"]]
+        self.text, self.cache = [], [model.KVCache(self.n_ctx) for _ in params["blocks"]]
 
     def guess(self, text, n):
         """Up to n token ids to follow the text, fewer where the context of the model ends."""
@@ -71,7 +75,7 @@ class Draft:
         for layer in self.cache:
             layer.n_past = n_past
         self.text = text
-        return gpt2.feed(text[n_past:], self.params, self.n_head, self.cache)
+        return self.model.feed(text[n_past:], self.params, self.n_head, self.cache)
 
 
 def cheap_pass(n_tokens):

@@ -6,6 +6,7 @@ time is the floor (1.00 is all of it). Then the same with few_token_model (paral
 """
 
 import sys
+import time
 
 from common import (
     BYTES_A_TOKEN,
@@ -24,6 +25,7 @@ import gpt2
 from gpt2 import generate_tokens
 from parallel import few_token_model
 
+IDLE = 0.15  # seconds after a measurement of the bandwidth, for its threads go on looking for work when there is none
 GROUPS, TOKENS = 5, 5  # the first token of a group finds the caches as the bandwidth measurement left them: not counted
 
 
@@ -40,6 +42,7 @@ def decode_row(model, params, n_head, context, rounds):
         first += times(tokens, 1)
         spent, passes = [], [read_seconds()]
         for _ in range(GROUPS):
+            time.sleep(IDLE)
             spent += times(tokens, TOKENS)[1:]
             passes.append(read_seconds())
         each.append(median(spent))

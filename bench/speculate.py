@@ -18,6 +18,7 @@ from common import DATA, SIZE_124M, machine, median, model_124m, table
 import gpt2
 from checkpoint import nest, tensor_shapes
 from cli import n_numbers
+from parallel import few_token_model
 from speculate import Draft, Speculation
 from utils import load_encoder_hparams_and_params
 
@@ -120,6 +121,7 @@ def some_params(hparams):
 
 def draft_rows(rounds):
     _, small, small_params = model_124m()
+    draft_model, small_params = few_token_model(small_params, small["n_head"])
     params, n_head = some_params(SIZE_1558M), SIZE_1558M["n_head"]
     text = np.random.default_rng(0).permutation(SIZE_124M["n_vocab"])[: N_PROMPT + N_DRAFTED].tolist()
     cost = n_numbers(small) / n_numbers(SIZE_1558M)
@@ -129,7 +131,7 @@ def draft_rows(rounds):
         plain.append(seconds_for(gpt2.generate_tokens(text[:N_PROMPT], params, n_head, N_DRAFTED, replay(text))))
         for rate in rates:
             speculation.make_guesser = lambda rate=rate: PartlyRight(
-                Draft(small_params, small["n_head"], cost), text, rate
+                Draft(small_params, small["n_head"], cost, draft_model), text, rate
             )
             speculation.passes = 0
             spent[rate].append(seconds_for(speculation.generate_tokens(text[:N_PROMPT], N_DRAFTED, replay(text))))

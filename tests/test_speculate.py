@@ -113,6 +113,7 @@ def test_a_draft_stops_at_its_context(params):
 
 def guessers(params, text):
     other = nest(random_tensors(TINY, seed=1), TINY["n_layer"])
+    model, shared_out = parallel.shared(other, N_HEAD, 2)
     rng = np.random.default_rng(0)
     return {
         "lookup": Lookup,
@@ -121,10 +122,11 @@ def guessers(params, text):
         "sometimes": lambda: Scripted(text, lambda place: rng.random() < 0.3),
         "itself": lambda: Draft(params, N_HEAD, 0.1),
         "another": lambda: Draft(other, N_HEAD, 0.1),
+        "another, shared out": lambda: Draft(shared_out, N_HEAD, 0.1, model),
     }
 
 
-@pytest.mark.parametrize("name", ["lookup", "right", "wrong", "sometimes", "itself", "another"])
+@pytest.mark.parametrize("name", ["lookup", "right", "wrong", "sometimes", "itself", "another", "another, shared out"])
 @pytest.mark.parametrize("eager", [True, False])
 def test_greedy_ids_are_those_of_transformers(params, expected, layout, name, eager):
     for ids, new in zip(SEQUENCES, expected, strict=True):
