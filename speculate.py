@@ -51,8 +51,8 @@ class Lookup:
 class Draft:
     """Guesses what a smaller model would choose greedily. It keeps a cache of its own.
 
-    model: gpt2, or few_token_model's with its params. The latter is better beside a model of that kind: for a tenth of a
-    second after a product of BLAS's own threads these go on looking for work, in the way of a helper process.
+    model: gpt2, or few_token_model's with its params. The latter is better beside a model of that kind: BLAS's own
+    threads go on looking for work for a tenth of a second after a product, in the way of a helper process.
     """
 
     def __init__(self, params, n_head, cost, model=gpt2):
