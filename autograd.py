@@ -96,6 +96,14 @@ class Tensor(NDArrayOperatorsMixin):
             node.parents, node.pull_back = (), used_up
 
 
+def value_and_gradients(function, tensors):
+    """(value, gradients by name) of a function that makes one number of Tensors by name; tensors: arrays by name."""
+    leaves = {name: Tensor(array) for name, array in tensors.items()}
+    value = function(leaves)
+    value.backward()
+    return value.item(), {name: leaf.grad for name, leaf in leaves.items()}
+
+
 def ancestors(tensor):
     """The Tensor and every one it was made of. A loop over a stack: a recursion would end at Python's depth of 1000."""
     found, stack = {tensor.number: tensor}, [tensor]

@@ -82,8 +82,8 @@ def climb(given):
     path = given.get("draw", "baby_gpt.png" if "all" in given else None)
     if path:
         check_picture(path)
-    if path and same_file(path, given.get("dataset", "")):
-        raise UserError(f"--draw {path} is the text itself; choose another name for the picture")
+        if same_file(path, given.get("dataset", "")):
+            raise UserError(f"--draw {path} is the text itself; choose another name for the picture")
     data, chars = read_characters(given)
     rungs = RUNGS if "all" in given else [given["rung"]]
     options = {rung: PRESETS[given.get("preset", "cpu")][rung == "scaled_up"] | given for rung in rungs}

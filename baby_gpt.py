@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 import fused
-from autograd import Tensor
+from autograd import value_and_gradients
 from checkpoint import nest
 from data import random_windows
 from errors import UserError
@@ -200,8 +200,7 @@ class Result(NamedTuple):
 def train(rung, options, data, chars):
     """data: arrays of ids by split; chars: the character of each id. Raises UserError where the loss is not finite."""
     tensors = initial_tensors(rung, len(chars), options)
-    leaves = {name: Tensor(array) for name, array in tensors.items()}  # of the same memory: both see each update
-    params, learned = arrange(rung, tensors, options), arrange(rung, leaves, options)
+    params = arrange(rung, tensors, options)  # of the same memory: each update shows there
     plain, model = fused.training_model(), fused.training_model(options["dropout_rate"] * has(rung, "dropout"))
     model.drop.seed(options["seed"])
     optimizer, rng = AdamW(tensors), np.random.default_rng([options["seed"], 1])
@@ -212,11 +211,11 @@ def train(rung, options, data, chars):
 
     def step():
         inputs, targets = get_batch(data["train"], rng, options)
-        loss = fused.cross_entropy(RUNGS[rung](model, inputs, **learned), targets)
-        loss.backward()
-        optimizer.update({name: leaf.grad for name, leaf in leaves.items()}, options["lr_rate"])
-        for leaf in leaves.values():
-            leaf.grad = None
+
+        def loss(leaves):
+            return fused.cross_entropy(RUNGS[rung](model, inputs, **arrange(rung, leaves, options)), targets)
+
+        optimizer.update(value_and_gradients(loss, tensors)[1], options["lr_rate"])
 
     bar = tqdm(total=last, desc=rung, unit="step", disable=None, leave=False)
     with bar, threadpool_limits(1), np.errstate(all="ignore"):  # matrices this small: more threads mostly wait

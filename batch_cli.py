@@ -9,6 +9,7 @@ import sys
 from batch import in_order
 from cli import Continuer, decode_text, with_bar
 from errors import UserError
+from files import same_file
 
 BEGIN = b'{"prompt": '  # of every line that is written
 
@@ -71,7 +72,7 @@ class Output:
         if path is None:
             return
         self.is_new = not os.path.exists(path)
-        if not self.is_new and os.path.exists(prompts_path) and os.path.samefile(path, prompts_path):
+        if same_file(path, prompts_path):
             raise UserError(f"--output {path} is the prompts' own file; name another")
         if not (self.is_new or os.path.isfile(path) or os.path.isdir(path)):
             raise UserError(f"--output {path} is not a file; leave it out to get the lines on standard output")

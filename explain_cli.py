@@ -1,6 +1,5 @@
 """gpt2.py --explain: what the model makes of a prompt, as text, or to a page or a picture."""
 
-import importlib.util
 import shutil
 import sys
 import unicodedata
@@ -13,6 +12,7 @@ from errors import UserError
 from explain import lens, likeliest, trace
 from explain_page import TEMPLATE, as_page
 from files import check_writable, replacing, same_file
+from picture import check_picture
 from utils import load_encoder_hparams_and_params
 
 K = 10  # next tokens shown
@@ -80,12 +80,10 @@ def check_options(options):
 
 def check_output(path, prompt_file):
     """Raises UserError where replacing() would fail, before there is work to lose."""
-    if is_picture(path) and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("matplotlib, which draws the picture, is not installed; pip install matplotlib")
     for kept, what in ((prompt_file, "the prompt's own file"), (TEMPLATE, "what every page is made from")):
         if kept is not None and same_file(path, kept):
             raise UserError(f"{path} is {what}; {REMEDY}")
-    check_writable(path, REMEDY)
+    (check_picture if is_picture(path) else check_writable)(path, REMEDY)
 
 
 def check_length(n_tokens, n_ctx, path):

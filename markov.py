@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import fused
 import gpt2
-from autograd import Tensor
+from autograd import value_and_gradients
 from checkpoint import nest
 from errors import UserError
 from optim import AdamW
@@ -63,13 +63,15 @@ def train(tensors, zeros, steps=STEPS):
     """Updates the tensors, all examples in each step; returns the loss before each."""
     optimizer = AdamW(tensors, weight_decay=0.1, decays=lambda _: True)
     inputs, targets = examples()
+
+    def loss(leaves):
+        return fused.cross_entropy(next_logits(leaves | zeros, inputs), targets)
+
     losses = []
     for _ in tqdm(range(steps), unit="step", disable=None, leave=False):
-        leaves = {name: Tensor(array) for name, array in tensors.items()}
-        loss = fused.cross_entropy(next_logits(leaves | zeros, inputs), targets)
-        loss.backward()
-        optimizer.update({name: leaf.grad for name, leaf in leaves.items()}, 1e-3)
-        losses.append(loss.item())
+        value, gradients = value_and_gradients(loss, tensors)
+        optimizer.update(gradients, 1e-3)
+        losses.append(value)
     return losses
 
 

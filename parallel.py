@@ -209,8 +209,8 @@ class SharedColumns:
 
     def __init__(self, w, team):  # [n_in, n_out]
         n_in, n_out = w.shape
-        ends = [min(WIDTH * end, n_out) for end in shares(n_blocks(n_out), team.n)]
-        self.team, self.part, self.widths = team, parts(ends)[team.i], np.diff([0, *ends]).tolist()
+        columns = parts_of_columns(n_out, team)
+        self.team, self.part, self.widths = team, columns[team.i], [part.stop - part.start for part in columns]
         self.columns, self.shape = Columns(w[:, self.part]), (n_in, n_out if team.i == 0 else 0)
 
     def __rmatmul__(self, x):  # [rows, n_in] -> [rows, n_out]
@@ -238,10 +238,9 @@ def share_of_params(params, n_head, team):
 
 
 def share_of_block(block, n_head, team):
-    n_units = block["mlp"]["c_fc"]["w"].shape[1]
-    ends = [min(WIDTH * end, n_units) for end in shares(n_blocks(n_units), team.n)]
+    units = parts_of_columns(block["mlp"]["c_fc"]["w"].shape[1], team)[team.i]
     attn = share_of_heads(block["attn"], n_head, share(n_head, team))
-    mlp = share_of_units(block["mlp"], parts(ends)[team.i])
+    mlp = share_of_units(block["mlp"], units)
     sizes = [layer["w"].shape for part in (attn, mlp) for layer in part.values()]
     room = Room(4 * sum(n_in * (n_out + WIDTH) for n_in, n_out in sizes))  # the last columns may not fill a block
     for layer in (*attn.values(), *mlp.values()):
@@ -281,6 +280,11 @@ def n_blocks(n_columns):
 def shares(n, n_processes):
     """Where the shares of n things end, [n_processes] numbers."""
     return [round(n * (i + 1) / n_processes) for i in range(n_processes)]
+
+
+def parts_of_columns(n, team):
+    """The slices of n columns that the processes take, in whole blocks but for the last."""
+    return parts([min(WIDTH * end, n) for end in shares(n_blocks(n), team.n)])
 
 
 def share(n, team):

@@ -8,7 +8,7 @@ from files import check_writable, replacing
 REMEDY = "choose another place for the picture"
 
 
-def check_picture(path):
+def check_picture(path, remedy=REMEDY):
     """Raises UserError where save_figure would fail, before there is work to lose."""
     try:
         import matplotlib.figure  # noqa: F401 (whether it can be)
@@ -16,7 +16,7 @@ def check_picture(path):
         raise UserError(f"drawing {path} takes matplotlib ({error}); pip install matplotlib") from None
     if ending(path) not in ("png", "svg", "pdf"):
         raise UserError(f"{path!r} has no ending that names a picture; choose a name with .png, .svg or .pdf")
-    check_writable(path, REMEDY)
+    check_writable(path, remedy)
 
 
 def new_figure(width, height):
@@ -26,8 +26,8 @@ def new_figure(width, height):
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(figure, path):
-    with replacing(path, REMEDY) as f:
+def save_figure(figure, path, remedy=REMEDY):
+    with replacing(path, remedy) as f:
         figure.savefig(f, format=ending(path), dpi=120)
 
 

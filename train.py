@@ -21,13 +21,13 @@ from tqdm import tqdm
 
 import fused
 import gpt2
-from autograd import Tensor
+from autograd import value_and_gradients
 from checkpoint import nest, save_params, save_safetensors, tensor_shapes
 from data import even_windows, random_windows
 from encoder import END_OF_TEXT
 from errors import UserError
-from files import replacing
 from optim import AdamW, global_norm, learning_rate_at
+from picture import new_figure, save_figure
 from sampling import make_sampler
 
 LOG_INTERVAL, SAMPLE_TOKENS = 10, 100  # steps, tokens
@@ -47,10 +47,11 @@ def lm_loss(params, inputs, targets, n_head, model=gpt2):  # dict, [batch, n_seq
 
 def loss_and_gradients(tensors, hparams, inputs, targets, model=gpt2, weight=1.0):
     """(weight * lm_loss, its gradients by tensor name) for tensors by checkpoint name."""
-    leaves = {name: Tensor(array) for name, array in tensors.items()}
-    loss = lm_loss(nest(leaves, hparams["n_layer"]), inputs, targets, hparams["n_head"], model) * weight
-    loss.backward()
-    return loss.item(), {name: leaf.grad for name, leaf in leaves.items()}
+
+    def loss(leaves):
+        return lm_loss(nest(leaves, hparams["n_layer"]), inputs, targets, hparams["n_head"], model) * weight
+
+    return value_and_gradients(loss, tensors)
 
 
 def initial_tensors(hparams, seed):
@@ -272,19 +273,17 @@ class Trainer:
     def draw_losses(self):
         """loss.png, both curves; nothing where matplotlib is not installed."""
         try:
-            from matplotlib.figure import Figure
+            figure = new_figure(8, 5)
         except ImportError:
             return
         steps = read_log(self.model_dir)
-        figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a token)", title=self.options["name"])
         for key, label in (("loss", "batch"), ("train_loss", "training text"), ("val_loss", "validation text")):
             points = [(line["step"], line[key]) for line in steps if key in line]
             style = {"alpha": 0.3, "linewidth": 1} if key == "loss" else {"marker": "."}
             axes.plot(*zip(*points, strict=True) if points else ([], []), label=label, **style)
         axes.legend()
-        with replacing(os.path.join(self.model_dir, PICTURE)) as f:
-            figure.savefig(f, format="png", dpi=120)
+        save_figure(figure, os.path.join(self.model_dir, PICTURE), "choose another --models_dir")
 
     # What is kept of it
 

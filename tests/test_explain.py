@@ -2,7 +2,6 @@
 
 import base64
 import errno
-import importlib.util
 import io
 import itertools
 import json
@@ -460,8 +459,7 @@ def test_a_full_disk_leaves_the_old_file(inside, tmp_path, monkeypatch):
 
 
 def test_without_matplotlib_a_line_says_what_is_missing(inside, tmp_path, monkeypatch):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else real(name))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert_mistake(inside("Hello", "--explain", tmp_path / "out.png"), "matplotlib", "pip install matplotlib")
     assert inside("Hello", "--explain", tmp_path / "out.html")[0] == 0
 

@@ -200,13 +200,18 @@ def test_the_given_params_may_go(shared, n_processes):
     np.testing.assert_allclose(model.gpt2(ids, **params, n_head=n_head), expected, atol=1e-4)
 
 
+def cache_of(model, params, n_head, ids):
+    """A cache with room for 20 positions that has taken in these ids."""
+    cache = [model.KVCache(20) for _ in params["blocks"]]
+    model.gpt2(ids, **params, n_head=n_head, cache=cache)
+    return cache
+
+
 def test_caches_can_be_shared_out_and_made_whole(shared):
     model, params, plain, n_head, _ = shared
     ids = some_ids(20)
     expected = gpt2.gpt2(ids, **plain, n_head=n_head)
-    cache = [gpt2.KVCache(20) for _ in plain["blocks"]]
-    gpt2.gpt2(ids[:7], **plain, n_head=n_head, cache=cache)
-    cache = parallel.share_caches(cache, params)
+    cache = parallel.share_caches(cache_of(gpt2, plain, n_head, ids[:7]), params)
     np.testing.assert_allclose(model.gpt2(ids[7:12], **params, n_head=n_head, cache=cache), expected[7:12], atol=1e-4)
     cache = parallel.whole_caches(cache, n_head)
     np.testing.assert_allclose(gpt2.gpt2(ids[12:], **plain, n_head=n_head, cache=cache), expected[12:], atol=1e-4)
@@ -217,8 +222,7 @@ def test_a_copied_cache_goes_its_own_way(shared):
     model, params, plain, n_head, _ = shared
     ids = some_ids(20)
     expected = gpt2.gpt2(ids, **plain, n_head=n_head)
-    cache = [model.KVCache(20) for _ in params["blocks"]]
-    model.gpt2(ids[:7], **params, n_head=n_head, cache=cache)
+    cache = cache_of(model, params, n_head, ids[:7])
     twin = copy.deepcopy(cache)
     model.gpt2(ids[:5], **params, n_head=n_head, cache=twin)
     del twin

@@ -24,6 +24,7 @@ import train_cli
 from checkpoint import flatten, load_safetensors, nest, save_params, save_safetensors, tensor_shapes
 from encoder import END_OF_TEXT, get_encoder
 from errors import UserError
+from files import replacing
 from optim import AdamW, global_norm, learning_rate_at
 from tests import gradients
 from tests.conftest import ROOT, need
@@ -401,7 +402,7 @@ def test_a_state_that_cannot_be_written_leaves_the_old_one(run, tmp_path, monkey
     before = (tmp_path / "models" / "new" / train.STATE).read_bytes()
 
     def full(path, *_):
-        with train.replacing(path) as f:
+        with replacing(path) as f:
             f.write(b"the first few bytes")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
