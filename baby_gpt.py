@@ -25,13 +25,13 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-import fused
-from autograd import value_and_gradients
-from checkpoint import nest
-from data import random_windows
-from errors import UserError
-from optim import AdamW
 from sampling import make_sampler
+from training import fused
+from training.adamw import AdamW
+from training.autograd import value_and_gradients
+from training.dataset import random_windows
+from weights.errors import UserError
+from weights.names import nest
 
 CPU = {
     "batch_size": 16,  # pieces of text at a time
@@ -253,12 +253,7 @@ def sample(predict, chars, options, n=200):
     return "".join(chars[i] for i in ids[1:])
 
 
-def main(argv=None):
-    """The command line (baby_cli.py says what it takes); returns the exit code."""
-    from baby_cli import run
-
-    return run(argv)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from cli.baby_gpt import run
+
+    raise SystemExit(run())

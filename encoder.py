@@ -14,8 +14,8 @@ import os
 
 import regex
 
-from errors import CorruptFile, UserError
-from files import read_json, replacing
+from weights.errors import CorruptFile, UserError
+from weights.files import atomic_write, read_json
 
 PATTERN = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 END_OF_TEXT = "<|endoftext|>"
@@ -193,7 +193,7 @@ def read_merges(path):
 def save_encoder(encoder, model_dir):
     """Writes the vocabulary and the merges under OpenAI's names, for get_encoder, and under Hugging Face's."""
     for vocabulary, merges in LAYOUTS[:2]:
-        with replacing(os.path.join(model_dir, vocabulary)) as f:
+        with atomic_write(os.path.join(model_dir, vocabulary)) as f:
             f.write(json.dumps(encoder.encoder).encode("utf-8"))
-        with replacing(os.path.join(model_dir, merges)) as f:
+        with atomic_write(os.path.join(model_dir, merges)) as f:
             f.write("\n".join(["#version: 0.2", *encoder.ranks, ""]).encode("utf-8"))

@@ -149,16 +149,16 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, last_only=False):  
     return linear(x, wte.T, 0)  # the token embedding again: [..., n_seq, n_embd] -> [..., n_seq, n_vocab]
 
 
-PREFILL = 256  # prompt tokens a pass: bounds memory, and spares most of the work on keys that the mask would hide
+PREFILL_CHUNK = 256  # prompt tokens a pass: bounds memory, and spares most of the work on keys that the mask would hide
 # A large array made and freed: from then on glibc keeps freed memory of up to this size. Otherwise it goes back to the
 # system after each operation and is faulted in anew for the next, a third of the time that 512 prompt tokens take.
 np.empty(31 * 2**20, dtype=np.uint8)
 
 
-def feed(ids, params, n_head, cache):  # [n_seq] -> [n_vocab]
-    """Takes ids into the cache, in as few passes as PREFILL allows; returns the logits of what follows the last."""
-    for i in range(0, len(ids), PREFILL):
-        logits = gpt2(ids[i : i + PREFILL], **params, n_head=n_head, cache=cache, last_only=True)
+def prefill(ids, params, n_head, cache):  # [n_seq] -> [n_vocab]
+    """Takes ids into the cache, in as few passes as PREFILL_CHUNK allows; returns the logits of what follows the last."""
+    for i in range(0, len(ids), PREFILL_CHUNK):
+        logits = gpt2(ids[i : i + PREFILL_CHUNK], **params, n_head=n_head, cache=cache, last_only=True)
     return logits[-1]  # [1, n_vocab] -> [n_vocab]
 
 
@@ -174,7 +174,7 @@ def generate_tokens(inputs, params, n_head, n_tokens_to_generate, sample=np.argm
     cache = [KVCache(len(inputs) + n_tokens_to_generate) for _ in params["blocks"]]
     new_ids = inputs  # what the cache has not seen yet: at first the prompt, then the token just made
     for _ in range(n_tokens_to_generate):
-        next_id = int(sample(feed(new_ids, params, n_head, cache)))  # [n_vocab] -> one id
+        next_id = int(sample(prefill(new_ids, params, n_head, cache)))  # [n_vocab] -> one id
         if next_id == stop_id:
             return
         yield next_id
@@ -186,12 +186,7 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
     return list(generate_tokens(inputs, params, n_head, n_tokens_to_generate, **options))
 
 
-def main(argv=None):
-    """The command line (cli.py says what it takes); returns the exit code."""
-    from cli import run
-
-    return run(argv)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from cli.generate import run
+
+    raise SystemExit(run())

@@ -13,10 +13,12 @@ import re
 import sys
 import urllib.parse
 
-from checkpoint import load_gpt2_params_from_tf_ckpt, load_hparams, load_params, save_params, tensor_shapes
-from download import check_space, download_file, size_of
 from encoder import END_OF_TEXT, LAYOUTS, get_encoder
-from errors import CorruptFile, UserError
+from weights.download import check_space, download_file, size_of
+from weights.errors import CorruptFile, UserError
+from weights.names import load_hparams, tensor_shapes
+from weights.safetensors_file import load_params, save_params
+from weights.tf_checkpoint import load_gpt2_params_from_tf_ckpt
 
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 DATA_FILE = "model.ckpt.data-00000-of-00001"

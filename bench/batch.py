@@ -9,10 +9,10 @@ import time
 
 import numpy as np
 from common import bandwidth, machine, median, model_124m, random_ids, read_seconds, seconds, spread, table
-from engines import engines, in_turn
 
 import gpt2
-from parallel import few_token_model
+from engines import engines, in_turn
+from engines.parallel import small_batch_model
 
 PASSES, N_TOKENS, IDLE = 7, 33, 0.3
 BATCHES = (1, 8, 32)
@@ -21,7 +21,7 @@ BATCHES = (1, 8, 32)
 def pass_seconds(model, params, n_head, context, k):
     """The median time of some passes over k tokens behind a context."""
     cache = [model.KVCache(context + k) for _ in params["blocks"]]
-    model.feed(random_ids(context), params, n_head, cache)
+    model.prefill(random_ids(context), params, n_head, cache)
     spent = []
     for _ in range(PASSES):
         for layer in cache:
@@ -34,7 +34,7 @@ def pass_table(rounds):
     _, hparams, params = model_124m()
     n_head = hparams["n_head"]
     start = time.perf_counter()
-    laid_out = few_token_model(params, n_head)
+    laid_out = small_batch_model(params, n_head)
     print(f"laid out in {time.perf_counter() - start:.2f} s")
     rows = []
     for context in (32, 512):
@@ -47,7 +47,16 @@ def pass_table(rounds):
                 few.append(pass_seconds(*laid_out, n_head, context, k))
             cells = [f"{1000 * median(plain):.1f}", f"{1000 * median(packed):.1f}", f"{1000 * median(few):.1f}"]
             rows.append([context, k, *cells, ratio(packed, plain), ratio(few, plain), f"{median(speeds) / 1e9:.1f}"])
-    head = ["context", "k", "plain pass of 1 ms", "plain of k", "few_token_model", "plain / 1", "few / 1", "read GB/s"]
+    head = [
+        "context",
+        "k",
+        "plain pass of 1 ms",
+        "plain of k",
+        "small_batch_model",
+        "plain / 1",
+        "few / 1",
+        "read GB/s",
+    ]
     table(head, rows)
 
 

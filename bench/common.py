@@ -15,7 +15,6 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from checkpoint import tensor_shapes  # noqa: E402
 from tests.random_model import (  # noqa: E402
     DATA,
     SIZE_124M,
@@ -25,6 +24,7 @@ from tests.random_model import (  # noqa: E402
     write_safetensors,
 )
 from utils import load_encoder_hparams_and_params  # noqa: E402
+from weights.names import tensor_shapes  # noqa: E402
 
 MODELS_DIR, NAME = ROOT / "models", "random-124M"
 BYTES_A_TOKEN = 4 * sum(math.prod(shape) for name, shape in tensor_shapes(**SIZE_124M).items() if name != "wpe")

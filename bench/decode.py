@@ -2,7 +2,7 @@
 
 Each new token has to read every weight but wpe once. The floor is the time that takes at the read bandwidth of the
 machine, which is measured after every few tokens, for it changes within seconds; the ratio says which part of a token's
-time is the floor (1.00 is all of it). Then the same with few_token_model (parallel.py), which batches and guesses use.
+time is the floor (1.00 is all of it). Then the same with small_batch_model (parallel.py), which batches and guesses use.
 """
 
 import sys
@@ -22,8 +22,8 @@ from common import (
 )
 
 import gpt2
+from engines.parallel import small_batch_model
 from gpt2 import generate_tokens
-from parallel import few_token_model
 
 IDLE = 0.15  # seconds after a measurement of the bandwidth, for its threads go on looking for work when there is none
 GROUPS, TOKENS = 5, 5  # the first token of a group finds the caches as the bandwidth measurement left them: not counted
@@ -49,7 +49,7 @@ def decode_row(model, params, n_head, context, rounds):
         speeds.append(bandwidth(passes))
         ratios.append(BYTES_A_TOKEN / speeds[-1] / each[-1])
     return [
-        "gpt2" if model is gpt2 else "few_token_model",
+        "gpt2" if model is gpt2 else "small_batch_model",
         context,
         f"{1000 * median(first):.0f}",
         f"{1000 * median(each):.1f}",
@@ -80,7 +80,7 @@ def main():
     _, hparams, params = model_124m()
     print(f"{machine()}; {BYTES_A_TOKEN / 1e6:.1f} MB a token, medians of {rounds} rounds")
     times(generate_tokens(random_ids(32), params, hparams["n_head"], 4), 4)  # touch the pages
-    models = [(gpt2, params), few_token_model(params, hparams["n_head"])]
+    models = [(gpt2, params), small_batch_model(params, hparams["n_head"])]
     head = ["model", "context", "first token ms", "ms a token", "tokens/s", "read GB/s", "floor ms", "floor / measured"]
     table(
         head, [decode_row(*model, hparams["n_head"], context, rounds) for model in models for context in (32, 512, 900)]

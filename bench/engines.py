@@ -16,9 +16,9 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 from common import MODELS_DIR, NAME, model_124m
 
-from batch import generate_batch, in_order
+from engines.batching import generate_batch, in_order
+from engines.parallel import small_batch_model
 from gpt2 import generate, generate_tokens
-from parallel import few_token_model
 
 N_THREADS = 2
 
@@ -35,7 +35,7 @@ class Ours:
 
     @functools.cached_property
     def laid_out(self):
-        return few_token_model(self.params, self.n_head)
+        return small_batch_model(self.params, self.n_head)
 
     def run_batch(self, rows, n_tokens):
         """One row as a run of gpt2.py makes it, several as --prompts_file does."""

@@ -16,11 +16,10 @@ import numpy as np
 from common import DATA, SIZE_124M, machine, median, model_124m, table
 
 import gpt2
-from checkpoint import nest, tensor_shapes
-from cli import n_numbers
-from parallel import few_token_model
-from speculate import Draft, Speculation
+from engines.parallel import small_batch_model
+from engines.speculative import Draft, Speculation
 from utils import load_encoder_hparams_and_params
+from weights.names import n_params, nest, tensor_shapes
 
 SIZE_1558M = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 1600, "n_head": 25, "n_layer": 48}
 N_PROMPT, N_TOKENS, N_DRAFTED = 16, 600, 48
@@ -121,10 +120,10 @@ def some_params(hparams):
 
 def draft_rows(rounds):
     _, small, small_params = model_124m()
-    draft_model, small_params = few_token_model(small_params, small["n_head"])
+    draft_model, small_params = small_batch_model(small_params, small["n_head"])
     params, n_head = some_params(SIZE_1558M), SIZE_1558M["n_head"]
     text = np.random.default_rng(0).permutation(SIZE_124M["n_vocab"])[: N_PROMPT + N_DRAFTED].tolist()
-    cost = n_numbers(small) / n_numbers(SIZE_1558M)
+    cost = n_params(tensor_shapes(**small)) / n_params(tensor_shapes(**SIZE_1558M))
     speculation, rates = Speculation(params, n_head), (0.5, 0.7, 0.9)
     plain, spent, passes = [], {rate: [] for rate in rates}, {}
     for _ in range(rounds):

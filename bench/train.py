@@ -15,8 +15,8 @@ from importlib.metadata import version
 import numpy as np
 from common import SIZE_124M, machine, median, seconds, spread, table
 
-from train import Trainer, initial_tensors
-from train_cli import PRESETS
+from cli.train import PRESETS
+from training.trainer import Trainer, initial_tensors
 
 THREADS = 2
 SHAPES = {"124M, 4 x 64": (SIZE_124M, {"batch_size": 4, "block_size": 64, "dropout": 0.0})}

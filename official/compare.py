@@ -19,10 +19,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 from tqdm import tqdm
 
-from cli import Parser, exit_code, positive_number
-from errors import UserError
 from gpt2 import generate, gpt2
 from utils import checkpoint_prefix, find_model_dir, is_downloadable, load_encoder_hparams_and_params
+from weights.errors import UserError
 
 EXIT_DIFFERENT = 1
 URL, COMMIT = "https://github.com/openai/gpt-2", "9b63575ef42771a015060c964af2c3da4cf7c8ab"
@@ -43,23 +42,6 @@ PROMPTS = {
     "code": CODE,
     "long": "".join(SENTENCE.format(day) for day in range(1, 26)),
 }
-
-
-def make_parser():
-    parser = Parser(prog="official/compare.py", description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--official_repo", required=True, metavar="PATH", help=f"a checkout of {URL} at commit {COMMIT[:7]}")
-    add("--clone", action="store_true", help="let git make that checkout first, if it is not there")
-    add("--model_size", default="124M", help="the model, as for gpt2.py (default 124M)")
-    parser.add_models_dir()
-    add("--n_tokens_to_generate", type=positive_number, default=40, metavar="N", help="tokens a prompt (default 40)")
-    add("--prompt", metavar="TEXT", help="one more prompt, after the fixed ones")
-    return parser
-
-
-def main(argv=None):
-    """Runs the command line argv (default sys.argv[1:]) and returns its exit code."""
-    return exit_code("official/compare.py", lambda: run(make_parser().parse_args(argv)))
 
 
 def run(options):
@@ -270,4 +252,6 @@ def show_token(ids, encoder):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from cli.compare import run as run_command_line
+
+    raise SystemExit(run_command_line())

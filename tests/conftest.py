@@ -2,7 +2,6 @@ import pathlib
 import signal
 
 import pytest
-from transformers import GPT2LMHeadModel  # noqa: F401 (before TensorFlow: with CUDA builds of torch, after it crashes)
 
 from tests.random_model import (
     DATA,  # noqa: F401

@@ -8,11 +8,11 @@ GPT2LMHeadModel in float32; the finite differences are central, in float64, alon
 
 import numpy as np
 
-import fused
 import gpt2
-from checkpoint import hugging_face_name, nest, tensor_shapes
 from tests.random_model import random_tensors
-from train import lm_loss, loss_and_gradients
+from training import fused
+from training.trainer import lm_loss, loss_and_gradients
+from weights.names import hugging_face_name, nest, tensor_shapes
 
 HPARAMS = {"n_vocab": 300, "n_ctx": 64, "n_embd": 48, "n_head": 4, "n_layer": 4}
 BATCH = (4, 64)

@@ -7,8 +7,9 @@ import shutil
 
 import numpy as np
 
-from checkpoint import nest, save_params, tensor_shapes
 from encoder import bytes_to_unicode
+from weights.names import nest, tensor_shapes
+from weights.safetensors_file import save_params
 
 # OpenAI's vocabulary and some texts, too large for the repository: a folder beside it, or any that GPT2_TEST_DATA
 # names; without it the tests of them are skipped

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-import fused
 import gpt2
 import gpt2_pico
-from autograd import OPERATIONS, Tensor, fuse
-from checkpoint import nest
 from tests import gradients
 from tests.random_model import random_tensors
-from train import lm_loss, loss_and_gradients
+from training import fused
+from training.autograd import OPERATIONS, Tensor, fuse
+from training.trainer import lm_loss, loss_and_gradients
+from weights.names import nest
 
 
 def rand(*shape):

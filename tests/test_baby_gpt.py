@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import baby_cli
 import baby_gpt
-import fused
 import gpt2
-import markov
-from autograd import Tensor
 from baby_gpt import CPU, GPU, RUNGS, SCALED_UP
+from cli import baby_gpt as baby_cli
+from explain import markov
 from tests.conftest import ROOT, need
 from tests.random_model import DATA
 from tests.test_shapes import Checker, traced
 from tests.test_train import mistake
+from training import fused
+from training.autograd import Tensor
 
 N_VOCAB = 11
 SMALL = CPU | {"batch_size": 3, "block_size": 7, "d_model": 10, "d_k": 3, "h": 4, "seed": 0}  # 4 * 3 is not 10

@@ -12,11 +12,10 @@ import weakref
 import numpy as np
 import pytest
 
-import batch
-import cli
 import gpt2
-import parallel
-from checkpoint import nest
+from cli import generate as cli
+from engines import batching as batch
+from engines import parallel
 from sampling import make_sampler
 from tests.conftest import PROMPTS, ROOT, TINY
 from tests.random_model import random_tensors
@@ -24,6 +23,7 @@ from tests.test_cli import SECONDS, command, started
 from tests.test_cli import run as run_program
 from tests.test_gpt2 import their_greedy_ids
 from tests.test_parallel import hugging_face_model
+from weights.names import nest
 
 N = 12
 RNG = np.random.default_rng(5)
@@ -137,8 +137,8 @@ def test_memory_is_that_of_the_rows_at_work(model_and_params, monkeypatch):
 
 def test_the_samples_of_a_prompt_share_its_passes(model_and_params, monkeypatch):
     model, params = model_and_params
-    fed, feed = [], model.feed
-    monkeypatch.setattr(model, "feed", lambda ids, *a: (fed.append(len(ids)), feed(ids, *a))[1])
+    fed, prefill = [], model.prefill
+    monkeypatch.setattr(model, "prefill", lambda ids, *a: (fed.append(len(ids)), prefill(ids, *a))[1])
     requests = [("a", INPUTS[2], [make_sampler(1.0, seed=i) for i in range(8)]), ("b", INPUTS[0], [np.argmax])]
     results = run((model, params), requests, 4)
     assert fed == [len(INPUTS[2]), len(INPUTS[0])]

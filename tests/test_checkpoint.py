@@ -10,17 +10,18 @@ import shutil
 import subprocess
 import sys
 
+import checkpoint
 import numpy as np
 import pytest
 
-import checkpoint
-from checkpoint import load_gpt2_params_from_tf_ckpt, save_params
 from encoder import get_encoder
-from errors import CorruptFile, UserError
 from gpt2 import gpt2
 from tests.conftest import ROOT, TINY
 from tests.random_model import random_tensors, write_hparams, write_safetensors, write_tf_checkpoint
 from utils import import_checkpoint, load_encoder_hparams_and_params
+from weights.errors import CorruptFile, UserError
+from weights.safetensors_file import save_params
+from weights.tf_checkpoint import load_gpt2_params_from_tf_ckpt
 
 DATA_FILE = "model.ckpt.data-00000-of-00001"
 LINES_UP = {"n_vocab": 400, "n_ctx": 24, "n_embd": 32, "n_head": 2, "n_layer": 1}  # every tensor fills cache lines

@@ -21,12 +21,12 @@ import time
 import numpy as np
 import pytest
 
-import cli
-import download
+from cli import generate as cli
 from gpt2 import generate
 from tests.conftest import ROOT, TINY
 from tests.random_model import random_tensors, write_byte_vocabulary, write_safetensors
 from utils import load_encoder_hparams_and_params
+from weights import download
 
 PROMPTS = ["Alan Turing theorized that", "42", "a", "def softmax(x):\n    return", "Ondřej 你好 🤗", "  two\n\n"]
 TWELVE = "你好你好"  # twelve tokens, one a byte: nothing like it is in the text the vocabulary was learned from
@@ -34,7 +34,7 @@ SECONDS = 60  # what a run may take before a test gives up on it
 # generation that stops dead after three tokens, for as long as a test needs: argv as for gpt2.py
 HANGS_AFTER_THREE = """
 import sys, time
-import cli
+from cli import generate as cli
 def generate_tokens(*arguments):
     for i, token in enumerate(real(*arguments)):
         if i == 3:
@@ -48,7 +48,7 @@ sys.exit(cli.run())
 # the same for what chooses the tokens
 HANGS_AT_THE_FOURTH = """
 import sys, time
-import cli
+from cli import generate as cli
 def make_sampler(*arguments):
     sample, drawn = real(*arguments), []
     def slowly(logits):

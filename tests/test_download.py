@@ -21,12 +21,12 @@ import filelock
 import numpy as np
 import pytest
 
-import download
 import utils
-from download import ATTEMPTS, download_file
-from errors import CorruptFile, UserError
 from tests.conftest import DATA, PROMPTS, ROOT, TINY, need
 from utils import DATA_FILE, RELEASED, SMALL_FILES, download_gpt2_files, load_encoder_hparams_and_params
+from weights import download
+from weights.download import ATTEMPTS, download_file
+from weights.errors import CorruptFile, UserError
 
 MIB = 2**20
 BODY = np.random.default_rng(0).bytes(3 * MIB + 12_345)

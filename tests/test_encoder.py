@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import encoder as encoder_module
 from encoder import CACHED_LENGTH, CACHED_WORDS, END_OF_TEXT, PATTERN, Encoder, bytes_to_unicode, get_encoder
-from errors import CorruptFile, UserError
 from tests.conftest import DATA, PROMPTS, TINY, need
+from weights.errors import CorruptFile, UserError
 
 # Where the ids were published; those without a name were computed with OpenAI's encoder.py over its own files.
 PUBLISHED = [

@@ -11,15 +11,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import cli
 import evaluate
 import gpt2
-from checkpoint import nest, save_params
-from data import split_text
+from cli import generate as cli
 from tests import gradients
 from tests.conftest import ROOT, need
 from tests.random_model import DATA, random_tensors
+from training.dataset import split_text
 from utils import load_encoder_hparams_and_params
+from weights.names import nest
+from weights.safetensors_file import save_params
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom and of foolishness.\n" * 3
 SHAKESPEARE = ROOT / "models" / "shakespeare"

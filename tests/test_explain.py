@@ -11,15 +11,15 @@ import re
 import subprocess
 import sys
 
+import explain_picture
 import numpy as np
 import pytest
 
-import cli
-import explain
-import explain_cli
-import explain_picture
 import gpt2
+from cli import explain as explain_cli
+from cli import generate as cli
 from encoder import get_encoder
+from explain import trace as explain
 from tests.conftest import PROMPTS, ROOT, TINY, need
 from tests.random_model import DATA, random_tensors, write_byte_vocabulary, write_safetensors
 from tests.test_cli import assert_mistake

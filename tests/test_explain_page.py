@@ -10,10 +10,10 @@ import threading
 import numpy as np
 import pytest
 
-import cli
-import explain
-import explain_cli
-from explain_page import as_page
+from cli import explain as explain_cli
+from cli import generate as cli
+from explain import trace as explain
+from explain.page import as_page
 from tests.conftest import TINY
 
 PROMPT = "Dear <b>Sir</b>,\n你 🤗\\ and"

@@ -6,15 +6,12 @@ Random weights, real shapes; 2 GB on disk for a minute. Not run by default: pyte
 import numpy as np
 import pytest
 
-import batch
-import fused
 import gpt2
 import gpt2_pico
-import parallel
-import speculate
-from data import encode_splits
 from encoder import get_encoder
-from optim import AdamW
+from engines import batching as batch
+from engines import parallel
+from engines import speculative as speculate
 from tests.conftest import DATA, PROMPTS, need
 from tests.random_model import (
     SIZE_124M,
@@ -25,7 +22,10 @@ from tests.random_model import (
     write_tf_checkpoint,
 )
 from tests.test_gpt2 import assert_same_ids, prompt_ids, their_greedy_ids, their_logits
-from train import initial_tensors, loss_and_gradients
+from training import fused
+from training.adamw import AdamW
+from training.dataset import encode_splits
+from training.trainer import initial_tensors, loss_and_gradients
 from utils import load_encoder_hparams_and_params
 
 pytestmark = pytest.mark.full_size
@@ -78,7 +78,7 @@ def test_logits_and_64_greedy_ids(ours, theirs, prompt):
 
 @pytest.fixture(scope="module")
 def laid_out(ours):
-    """few_token_model's, whatever kernels this processor has."""
+    """small_batch_model's, whatever kernels this processor has."""
     _, hparams, params = ours
     return parallel.shared(params, hparams["n_head"], 2)
 
@@ -96,7 +96,7 @@ def test_twelve_prompts_at_once_and_5_at_a_time(ours, theirs, laid_out):
 def test_guessed_tokens_are_the_same(ours, theirs, laid_out, monkeypatch):
     encoder, hparams, params = ours
     n_head = hparams["n_head"]
-    monkeypatch.setattr(speculate, "few_token_model", lambda *_: laid_out)
+    monkeypatch.setattr(speculate, "small_batch_model", lambda *_: laid_out)
     monkeypatch.setattr(speculate, "has_small_kernels", lambda: True)
     for prompt in PROMPTS:
         ids = prompt_ids(encoder, prompt) * 4

@@ -172,7 +172,7 @@ def test_the_prompt_in_chunks_gives_the_same_ids(tiny, monkeypatch, prefill):
     _, hparams, params = tiny
     ids = random_ids(50).tolist()
     expected = gpt2_pico.generate(ids, params, hparams["n_head"], 16)
-    monkeypatch.setattr(gpt2, "PREFILL", prefill)
+    monkeypatch.setattr(gpt2, "PREFILL_CHUNK", prefill)
     assert gpt2.generate(ids, params, hparams["n_head"], 16) == expected
 
 

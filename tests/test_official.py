@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from encoder import get_encoder
-from errors import UserError
 from official import compare, theirs
 from tests.random_model import (
     random_tensors,
@@ -21,6 +20,7 @@ from tests.random_model import (
     write_tf_checkpoint,
     write_vocabulary,
 )
+from weights.errors import UserError
 
 HPARAMS = {"n_vocab": 320, "n_ctx": 96, "n_embd": 24, "n_head": 3, "n_layer": 2}
 

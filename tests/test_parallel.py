@@ -12,14 +12,13 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import columns
 import gpt2
-import parallel
-from checkpoint import hugging_face_name, nest
-from columns import Columns, Table
+from engines import columns, parallel
+from engines.columns import Columns, Table
 from tests.conftest import ROOT, TINY
 from tests.random_model import random_tensors
 from tests.test_gpt2 import their_greedy_ids
+from weights.names import hugging_face_name, nest
 
 WIDE = {"n_vocab": 300, "n_ctx": 64, "n_embd": 160, "n_head": 5, "n_layer": 2}  # 5 heads in 2 or 3 shares: unequal ones
 
@@ -47,8 +46,8 @@ def test_the_product_is_the_matrix_product(n_in, n_out, rows):
 ROWS_ALONE_AND_TOGETHER = """
 import sys
 import numpy as np
-import parallel
-from columns import MANY_ROWS, Columns
+from engines import parallel
+from engines.columns import MANY_ROWS, Columns
 if not parallel.has_small_kernels():
     sys.exit("skip")
 rng = np.random.default_rng(0)
@@ -269,7 +268,7 @@ def in_a_daemon(pipe):
     hparams = WIDE | {"n_embd": 640}  # from 512 on there are helpers
     params = nest(random_tensors(hparams), hparams["n_layer"])
     parallel.has_small_kernels = lambda: True
-    model, laid_out = parallel.few_token_model(params, hparams["n_head"])
+    model, laid_out = parallel.small_batch_model(params, hparams["n_head"])
     difference = model.gpt2([1, 2], **laid_out, n_head=5) - gpt2.gpt2([1, 2], **params, n_head=5)
     pipe.send((laid_out["wte"].T.team.n, float(np.abs(difference).max())))
 
@@ -289,7 +288,7 @@ def test_a_daemon_which_may_have_no_helpers_does_without():
 def test_without_small_kernels_it_is_gpt2_itself(monkeypatch, there):
     monkeypatch.setattr(parallel, "has_small_kernels", lambda: there)
     params = nest(random_tensors(TINY), TINY["n_layer"])
-    model, laid_out = parallel.few_token_model(params, TINY["n_head"])
+    model, laid_out = parallel.small_batch_model(params, TINY["n_head"])
     assert there == (model is not gpt2) == (laid_out is not params)
 
 

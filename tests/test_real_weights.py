@@ -10,11 +10,11 @@ import pathlib
 import numpy as np
 import pytest
 
-import batch
 import gpt2
 import gpt2_pico
-import parallel
-from speculate import Speculation
+from engines import batching as batch
+from engines import parallel
+from engines.speculative import Speculation
 from tests.conftest import ROOT
 from tests.test_gpt2 import prompt_ids
 from utils import load_encoder_hparams_and_params
@@ -84,7 +84,7 @@ def test_published_ids(model, prompt, expected):
 def test_all_at_once_and_with_guesses_they_say_the_same(model):
     encoder, hparams, params = model
     n_head = hparams["n_head"]
-    few_token = parallel.few_token_model(params, n_head)
+    few_token = parallel.small_batch_model(params, n_head)
     requests = [(i, prompt_ids(encoder, prompt), [np.argmax]) for i, (prompt, _, _) in enumerate(CONTINUATIONS)]
     together = batch.generate_batch(requests, few_token[1], n_head, 40, 4, model=few_token[0])
     texts = {key: encoder.decode(ids) for (key, _), ids, _ in together}

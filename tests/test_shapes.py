@@ -13,18 +13,17 @@ import sys
 import numpy as np
 import pytest
 
-import batch
-import columns
-import data
-import fused
 import gpt2
-import parallel
 import sampling
-import train
-from checkpoint import nest
+from engines import batching as batch
+from engines import columns, parallel
 from tests import gradients
 from tests.conftest import TINY
 from tests.random_model import random_tensors
+from training import dataset as data
+from training import fused
+from training import trainer as train
+from weights.names import nest
 
 COMMENT = re.compile(r"#\s*(?P<inputs>\[[^#]*\])?\s*->\s*(?P<result>\[[^\]]*\])")
 

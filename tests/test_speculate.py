@@ -9,18 +9,18 @@ import pytest
 import torch
 from scipy import stats
 
-import cli
 import gpt2
-import parallel
-import speculate
-from checkpoint import nest
+from cli import generate as cli
+from engines import parallel
+from engines import speculative as speculate
+from engines.speculative import Draft, Lookup, Odds, Speculation
 from sampling import make_sampler
-from speculate import Draft, Lookup, Odds, Speculation
 from tests.conftest import PROMPTS, TINY
 from tests.random_model import random_tensors, write_byte_vocabulary, write_safetensors
 from tests.test_batch import INPUTS
 from tests.test_gpt2 import their_greedy_ids
 from tests.test_parallel import hugging_face_model
+from weights.names import nest
 
 N = 24
 N_HEAD = TINY["n_head"]
@@ -45,12 +45,12 @@ def expected(theirs):
 
 @pytest.fixture(params=["gpt2", "shared"])
 def layout(request, monkeypatch):
-    """Without and with few_token_model, whatever this processor would have."""
+    """Without and with small_batch_model, whatever this processor would have."""
 
-    def few_token_model(params, n_head):
+    def small_batch_model(params, n_head):
         return (gpt2, params) if request.param == "gpt2" else parallel.shared(params, n_head, 2)
 
-    monkeypatch.setattr(speculate, "few_token_model", few_token_model)
+    monkeypatch.setattr(speculate, "small_batch_model", small_batch_model)
     monkeypatch.setattr(speculate, "has_small_kernels", lambda: request.param == "shared")
     return request.param
 
@@ -217,7 +217,7 @@ def play(params, text, start, make_guesser, eager):
 
 @pytest.fixture
 def cheap(monkeypatch):
-    monkeypatch.setattr(speculate, "few_token_model", lambda params, n_head: parallel.shared(params, n_head, 1))
+    monkeypatch.setattr(speculate, "small_batch_model", lambda params, n_head: parallel.shared(params, n_head, 1))
     monkeypatch.setattr(speculate, "has_small_kernels", lambda: True)
 
 

@@ -11,9 +11,9 @@ import time
 import numpy as np
 import pytest
 
-from errors import UserError
-from team import SLOT, Team
+from engines.team import SLOT, Team
 from tests.conftest import ROOT
+from weights.errors import UserError
 
 
 class Owner:

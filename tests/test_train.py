@@ -16,20 +16,21 @@ import numpy as np
 import pytest
 import torch
 
-import data
-import fused
 import gpt2
-import train
-import train_cli
-from checkpoint import flatten, load_safetensors, nest, save_params, save_safetensors, tensor_shapes
+from cli import train as train_cli
 from encoder import END_OF_TEXT, get_encoder
-from errors import UserError
-from files import replacing
-from optim import AdamW, global_norm, learning_rate_at
 from tests import gradients
 from tests.conftest import ROOT, need
 from tests.random_model import DATA
+from training import dataset as data
+from training import fused
+from training import trainer as train
+from training.adamw import AdamW, global_norm, learning_rate_at
 from utils import load_encoder_hparams_and_params
+from weights.errors import UserError
+from weights.files import atomic_write
+from weights.names import flatten, nest, tensor_shapes
+from weights.safetensors_file import load_safetensors, save_params, save_safetensors
 
 SMALL = (
     "--n_layer 2 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --vocab_size 300 --warmup_iters 2 --eval_iters 2"
@@ -402,7 +403,7 @@ def test_a_state_that_cannot_be_written_leaves_the_old_one(run, tmp_path, monkey
     before = (tmp_path / "models" / "new" / train.STATE).read_bytes()
 
     def full(path, *_):
-        with replacing(path) as f:
+        with atomic_write(path) as f:
             f.write(b"the first few bytes")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -755,7 +756,7 @@ def test_tinyshakespeare_is_downloaded_once(tmp_path, monkeypatch):
 
 
 def test_without_a_network_a_copy_of_tinyshakespeare_will_do(run, tmp_path, monkeypatch):
-    import download
+    from weights import download
 
     monkeypatch.setattr(download, "BACK_OFF", 0)
     monkeypatch.setattr(data, "TINYSHAKESPEARE", ("http://127.0.0.1:9/input.txt", *data.TINYSHAKESPEARE[1:]))

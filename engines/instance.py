@@ -9,3 +9,13 @@ def new_instance():
     model = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(model)
     return model
+
+
+def recording(function, results):
+    """The function, which also appends each of its results to a list."""
+
+    def recorded(*args, **kwargs):
+        results.append(function(*args, **kwargs))
+        return results[-1]
+
+    return recorded

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 
-from errors import UserError
+from weights.errors import UserError
 
 TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
 ATTEMPTS = 5  # in a row without a new byte

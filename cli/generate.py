@@ -8,74 +8,20 @@ Ctrl-C, 141 the reader of our output has gone.
 import argparse
 import codecs
 import contextlib
-import math
 import os
-import signal
 import sys
 import time
 
-from batch import generate_batch, in_order
-from checkpoint import tensor_shapes
+from cli.options import Parser, exit_code, parse_count, parse_positive, parse_probability, parse_rate
 from encoder import END_OF_TEXT
-from errors import UserError
-from files import decode_utf8
+from engines.batching import generate_batch, in_order
+from engines.instance import recording
 from gpt2 import check_context, generate_tokens
 from sampling import make_sampler
 from utils import N_PARAMS, load_encoder_hparams_and_params
-
-EXIT_MISTAKE, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 2, 130, 141  # the last two are 128 + SIGINT, 128 + SIGPIPE
-
-
-class Parser(argparse.ArgumentParser):
-    """hint: what to say behind arguments that are not recognized."""
-
-    def __init__(self, hint="", **options):
-        super().__init__(allow_abbrev=False, **options)
-        self.hint = hint
-
-    def add_models_dir(self):
-        self.add_argument(
-            "--models_dir",
-            type=os.path.expanduser,
-            default="models",
-            metavar="DIR",
-            help="where the model folders are (default models)",
-        )
-
-    def error(self, message):
-        hint = self.hint if message.startswith("unrecognized") else ""
-        raise UserError(f"{message}{hint}; see python {self.prog} --help")
-
-
-def whole_number(text):
-    if not text.strip().isdecimal() or len(text) > 100:
-        raise argparse.ArgumentTypeError(f"{text[:100]!r} is not a whole number from 0 up")
-    return int(text)
-
-
-def positive_number(text):
-    if (number := whole_number(text)) == 0:
-        raise argparse.ArgumentTypeError("0 is too few, at least 1")
-    return number
-
-
-def number(text):
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-
-
-def rate(text):
-    if not 0 <= number(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number from 0 up")
-    return number(text)
-
-
-def probability(text):
-    if not 0 < number(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
-    return number(text)
+from weights.errors import UserError
+from weights.files import decode_utf8
+from weights.names import n_params, tensor_shapes
 
 
 def page_or_picture(text):
@@ -84,10 +30,6 @@ def page_or_picture(text):
             f"{text[:100]!r} ends neither in .html nor in .png; for the explanation as text, --explain goes last"
         )
     return text
-
-
-def n_cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def make_parser():
@@ -100,28 +42,26 @@ def make_parser():
     add = parser.add_argument
     add("prompt", nargs="?", help="the text to continue, taken as it is; - reads standard input; none starts afresh")
     add("--prompt_file", metavar="FILE", help="read the prompt from a file (its last line break is dropped, as for -)")
-    add("--n_tokens_to_generate", type=whole_number, default=40, metavar="N", help="tokens to add (default 40)")
+    add("--n_tokens_to_generate", type=parse_count, default=40, metavar="N", help="tokens to add (default 40)")
     add("--model_size", default="124M", help=f"{', '.join(N_PARAMS)} or a folder under models_dir (default 124M)")
     parser.add_models_dir()
     add(
         "--temperature",
-        type=rate,
+        type=parse_rate,
         default=0.0,
         metavar="T",
         help="0 takes the likeliest token each time (default); 1 draws as the model believes, more is wilder",
     )
-    add(
-        "--top_k", type=whole_number, default=0, metavar="K", help="draw from the K likeliest tokens only (0: from all)"
-    )
+    add("--top_k", type=parse_count, default=0, metavar="K", help="draw from the K likeliest tokens only (0: from all)")
     add(
         "--top_p",
-        type=probability,
+        type=parse_probability,
         default=1.0,
         metavar="P",
         help="draw from the fewest tokens whose probabilities reach P (1: from all)",
     )
-    add("--seed", type=whole_number, metavar="N", help="the same seed draws the same text; sample i takes N + i - 1")
-    add("--n_samples", type=positive_number, default=1, metavar="N", help="how many continuations (default 1)")
+    add("--seed", type=parse_count, metavar="N", help="the same seed draws the same text; sample i takes N + i - 1")
+    add("--n_samples", type=parse_positive, default=1, metavar="N", help="how many continuations (default 1)")
     add("--stop_at_end_of_text", action="store_true", help=f"stop when the model draws {END_OF_TEXT}")
     add(
         "--stream",
@@ -137,7 +77,7 @@ def make_parser():
     add("--output", metavar="FILE", help="append those lines to a file, but for what is in it already")
     add(
         "--batch_size",
-        type=positive_number,
+        type=parse_positive,
         default=8,
         metavar="N",
         help="how many of the --prompts_file, or of --n_samples, are continued at once (default 8)",
@@ -171,59 +111,17 @@ def run(argv=None):
 
 def answer(options):
     if options.explain is not None:
-        from explain_cli import run_explain
+        from cli.explain import run_explain
 
         run_explain(options)
         return
     check_options(options)
     if options.prompts_file is None:
-        Writer(options).run()
+        Session(options).run()
     else:
-        from batch_cli import run_batch
+        from cli.prompts_file import run_batch
 
         run_batch(options)
-
-
-def exit_code(program, work):
-    """What work() returns, or the exit code of what it raises, explained in one line that begins with the program."""
-    prepare_streams()
-    try:
-        return work() or 0
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end in a traceback of Python's own exit
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has seen enough
-        drop_output()
-        return EXIT_CLOSED_PIPE
-    except (UserError, OSError, MemoryError) as error:
-        print(f"{program}: error: {describe(error)}", file=sys.stderr)
-        if isinstance(error, OSError) and error.filename is None:  # no file of ours: standard output, on a full disk
-            drop_output()
-        return EXIT_MISTAKE
-
-
-def prepare_streams():
-    """UTF-8 in files and pipes, no failure over a character the terminal lacks, nothing where a stream is closed."""
-    if None in (sys.stdin, sys.stdout, sys.stderr):
-        nowhere = open(os.devnull, "r+", encoding="utf-8")  # noqa: SIM115 (one of the three from now on)
-        sys.stdin, sys.stdout, sys.stderr = (stream or nowhere for stream in (sys.stdin, sys.stdout, sys.stderr))
-    sys.stdout.reconfigure(**({"errors": "replace"} if sys.stdout.isatty() else {"encoding": "utf-8"}))
-    sys.stderr.reconfigure(**({} if sys.stderr.isatty() else {"encoding": "utf-8"}), errors="backslashreplace")
-
-
-def drop_output():
-    """Sends to nowhere what is still buffered for a closed or full standard output: Python's exit would fail on it."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def describe(error):
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"cannot open {error.filename!r}: {error.strerror}; check the path and its permissions"
-    if isinstance(error, OSError):
-        return f"cannot write the output: {error.strerror}; make room"
-    if isinstance(error, MemoryError):
-        return f"not enough memory ({error}); take a smaller model or batch"
-    return str(error)
 
 
 def check_options(options):
@@ -251,7 +149,7 @@ def check_options(options):
         print(f"note: {note}", file=sys.stderr)
 
 
-class Continuer:
+class Generator:
     """A model, loaded, and what the options say about continuing texts with it."""
 
     def __init__(self, options):
@@ -267,8 +165,8 @@ class Continuer:
         name, options = self.options.draft_model, self.options
         if not name and options.speculate == "off":
             return None
-        from parallel import few_token_model
-        from speculate import Draft, Lookup, Speculation
+        from engines.parallel import small_batch_model
+        from engines.speculative import Draft, Lookup, Speculation
 
         if not name:
             return Speculation(self.params, self.n_head, Lookup, eager=options.speculate == "lookup")
@@ -278,8 +176,8 @@ class Continuer:
                 f"--draft_model {name} ({hparams['n_vocab']} tokens) has another vocabulary than {options.model_size} "
                 f"({self.hparams['n_vocab']} tokens); its guesses would mean something else: take one with the same"
             )
-        cost = n_numbers(hparams) / n_numbers(self.hparams)
-        model, params = few_token_model(params, hparams["n_head"])
+        cost = n_params(tensor_shapes(**hparams)) / n_params(tensor_shapes(**self.hparams))
+        model, params = small_batch_model(params, hparams["n_head"])
         return Speculation(self.params, self.n_head, lambda: Draft(params, hparams["n_head"], cost, model))
 
     def start_ids(self, prompt):
@@ -311,10 +209,10 @@ class Continuer:
 
     def generate_batch(self, requests):
         """batch.generate_batch, with the model laid out for few tokens a pass; the params as they were are let go."""
-        from parallel import few_token_model
+        from engines.parallel import small_batch_model
 
         if self.model is None:
-            self.model, self.params = few_token_model(self.params, self.n_head)
+            self.model, self.params = small_batch_model(self.params, self.n_head)
         n, batch_size = self.options.n_tokens_to_generate, self.options.batch_size
         return generate_batch(requests, self.params, self.n_head, n, batch_size, self.stop_id, self.model)
 
@@ -337,28 +235,14 @@ def with_bar(items, total, unit, printed):
             bar.update()
 
 
-def noting(sample, ids):
-    """The sampler, which also puts down what it chose."""
-
-    def sample_and_note(logits):
-        ids.append(int(sample(logits)))
-        return ids[-1]
-
-    return sample_and_note
-
-
-def n_numbers(hparams):
-    return sum(math.prod(shape) for shape in tensor_shapes(**hparams).values())
-
-
-class Writer:
+class Session:
     """Continues the prompts of one run and prints the texts."""
 
     def __init__(self, options):
         self.options = options
         self.stream = sys.stdout.isatty() and options.n_samples == 1 if options.stream is None else options.stream
         self.first_prompt = None if options.interactive else read_prompt(options)
-        self.continuer = Continuer(options)
+        self.generator = Generator(options)
 
     def run(self):
         if self.options.interactive:
@@ -381,17 +265,17 @@ class Writer:
         """Prints --n_samples continuations of a prompt; if nobody watches them come, all are made at once."""
         if prompt.endswith(" "):
             print("note: the prompt ends with a space, which GPT-2 expects before the next word", file=sys.stderr)
-        ids, n_samples = self.continuer.start_ids(prompt), self.options.n_samples
-        speculation = self.continuer.speculation
+        ids, n_samples = self.generator.start_ids(prompt), self.options.n_samples
+        speculation = self.generator.speculation
         started = time.perf_counter()
         if speculation:
             speculation.count_anew()
         if n_samples == 1:
-            self.show(self.continuer.generate_tokens(ids, 1))
+            self.show(self.generator.generate_tokens(ids, 1))
         elif self.stream or speculation:
             for i in range(1, n_samples + 1):
                 print(f"=== sample {i} ===", flush=True)
-                self.show(self.continuer.generate_tokens(ids, i))
+                self.show(self.generator.generate_tokens(ids, i))
         else:
             self.answer_at_once(ids, n_samples)
         if speculation:
@@ -400,8 +284,8 @@ class Writer:
     def answer_at_once(self, ids, n_samples):
         """Prints each sample when it is complete; when Ctrl-C comes, what there is of the others."""
         numbers, drawn = range(1, n_samples + 1), {i: [] for i in range(1, n_samples + 1)}
-        request = (None, ids, [noting(self.continuer.sampler(i), drawn[i]) for i in numbers])
-        results = ((i, new_ids) for (_, i), new_ids, _ in self.continuer.generate_batch([request]))
+        request = (None, ids, [recording(self.generator.sampler(i), drawn[i]) for i in numbers])
+        results = ((i, new_ids) for (_, i), new_ids, _ in self.generator.generate_batch([request]))
         try:
             for new_ids in with_bar(in_order(results, numbers), n_samples, "sample", printed=True):
                 i = n_samples - len(drawn) + 1
@@ -409,11 +293,11 @@ class Writer:
                 del drawn[i]
         except KeyboardInterrupt:
             for i, new_ids in drawn.items():
-                self.show_sample(i, [token for token in new_ids if token != self.continuer.stop_id])
+                self.show_sample(i, [token for token in new_ids if token != self.generator.stop_id])
             raise
 
     def show_sample(self, i, new_ids):
-        print(f"=== sample {i} ===\n{self.continuer.encoder.decode(new_ids)}", flush=True)
+        print(f"=== sample {i} ===\n{self.generator.encoder.decode(new_ids)}", flush=True)
 
     def show(self, tokens):
         """Prints tokens as text, as they come or all at once; what there is when Ctrl-C comes is printed too."""
@@ -421,7 +305,7 @@ class Writer:
         if not self.stream:
             tokens = with_bar(tokens, self.options.n_tokens_to_generate, "token", printed=False)
         try:
-            for piece in self.continuer.encoder.decode_stream(tokens):
+            for piece in self.generator.encoder.decode_stream(tokens):
                 if self.stream:
                     print(piece, end="", flush=True)
                 else:

@@ -14,15 +14,15 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 import gpt2
-from columns import WIDTH, Columns, Room, Table, in_columns, n_parts
-from instance import new_instance
-from team import Team
+from engines.columns import WIDTH, Columns, Room, Table, in_columns, n_parts
+from engines.instance import new_instance
+from engines.team import Team
 
 SMALL_KERNELS = ("SkylakeX", "Cooperlake", "SapphireRapids")  # the names of OpenBLAS's AVX-512 kernels: columns.py
 SHARE_FROM = 512  # n_embd from which a share of a layer is worth a process
 
 
-def few_token_model(params, n_head):
+def small_batch_model(params, n_head):
     """(model, params) for passes of few tokens: what stands for the module gpt2, and what its functions take.
 
     All weights are copied: the params given may go. Without small kernels, or where processes cannot fork, it is gpt2
@@ -61,7 +61,7 @@ def has_small_kernels():
 
 
 def shared(params, n_head, n_processes):
-    """few_token_model's (model, params) for so many processes, or as many as have something to share out."""
+    """small_batch_model's (model, params) for so many processes, or as many as have something to share out."""
     n_units, n_vocab = params["blocks"][0]["mlp"]["c_fc"]["w"].shape[1], len(params["wte"])
     team = Team(min(n_processes, n_head, n_blocks(n_units), n_blocks(n_vocab)))
 
@@ -160,7 +160,7 @@ def copy_cache(cache, twin):
 
 
 def share_caches(caches, params):
-    """The KVCaches of plain layers, as those of few_token_model's; params are the latter's."""
+    """The KVCaches of plain layers, as those of small_batch_model's; params are the latter's."""
     team = getattr(params["wte"].T, "team", None)
     return [share_cache(cache, team) for cache in caches] if team else caches
 

@@ -14,15 +14,35 @@ import sys
 import numpy as np
 from filelock import FileLock, Timeout
 
-from checkpoint import flatten, load_hparams, load_safetensors, tensor_shapes
-from cli import EXIT_INTERRUPTED, Parser, exit_code, n_cores, number, positive_number, rate, whole_number
-from data import N_BYTES, N_IDS, encode_splits, open_tokens, read_dataset, save_tokens, split_text, train_encoder
-from download import check_space
+from cli.options import (
+    EXIT_INTERRUPTED,
+    Parser,
+    exit_code,
+    n_cores,
+    parse_count,
+    parse_fraction,
+    parse_positive,
+    parse_positive_rate,
+    parse_rate,
+)
 from encoder import END_OF_TEXT, get_encoder, save_encoder
-from errors import CorruptFile, UserError
-from files import replacing
-from train import LOG, PICTURE, STATE, Trainer, initial_tensors, read_log
+from training.dataset import (
+    N_BYTES,
+    N_IDS,
+    encode_splits,
+    open_tokens,
+    read_dataset,
+    save_tokens,
+    split_text,
+    train_encoder,
+)
+from training.trainer import LOG, PICTURE, STATE, Trainer, initial_tensors, read_log
 from utils import N_PARAMS, load_encoder_hparams_and_params, load_gpt2_encoder
+from weights.download import check_space
+from weights.errors import CorruptFile, UserError
+from weights.files import atomic_write
+from weights.names import flatten, load_hparams, tensor_shapes
+from weights.safetensors_file import load_safetensors
 
 COMMON = {
     "layout": "plain",
@@ -57,18 +77,6 @@ SHAPE = ("n_layer", "n_head", "n_embd", "tokenizer", "vocab_size")  # of a new m
 FIXED = (*SHAPE, "init_from", "dataset", "layout", "block_size", "seed")  # what --resume cannot change
 
 
-def positive_rate(text):
-    if not 0 < number(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
-    return number(text)
-
-
-def share(text):
-    if not 0 <= number(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not from 0 up and below 1")
-    return number(text)
-
-
 def new_name(text):
     if text in N_PARAMS:
         raise argparse.ArgumentTypeError(f"{text!r} is OpenAI's model; choose another name for yours")
@@ -79,35 +87,35 @@ def new_name(text):
 
 TUNABLE = {  # what a preset has a value for: by name its type or choices, and what it is
     "the new model": {
-        "n_layer": (positive_number, "blocks"),
-        "n_head": (positive_number, "attention heads a block"),
-        "n_embd": (positive_number, "width, a multiple of n_head"),
+        "n_layer": (parse_positive, "blocks"),
+        "n_head": (parse_positive, "attention heads a block"),
+        "n_embd": (parse_positive, "width, a multiple of n_head"),
         "tokenizer": (
             ("bpe", "bytes", "gpt2"),
             "bpe learns merges from the text, bytes has none, gpt2 is GPT-2's own",
         ),
-        "vocab_size": (positive_number, "tokens of a bpe, at least 256"),
+        "vocab_size": (parse_positive, "tokens of a bpe, at least 256"),
     },
     "the data": {
         "layout": (("plain", "sections"), f"sections puts {END_OF_TEXT} before each part that follows a blank line"),
-        "block_size": (positive_number, "tokens of context"),
-        "batch_size": (positive_number, "blocks at a time"),
-        "gradient_accumulation_steps": (positive_number, "batches a step"),
+        "block_size": (parse_positive, "tokens of context"),
+        "batch_size": (parse_positive, "blocks at a time"),
+        "gradient_accumulation_steps": (parse_positive, "batches a step"),
     },
     "the training": {
-        "max_iters": (whole_number, "steps in all; the learning rate falls until then"),
-        "learning_rate": (positive_rate, "AdamW's, after the warm-up"),
-        "warmup_iters": (whole_number, "steps from 0 up to learning_rate"),
-        "lr_decay_iters": (positive_number, "steps down to min_lr, along a cosine; by default max_iters"),
-        "min_lr": (rate, "by default a twentieth of learning_rate"),
-        "weight_decay": (rate, "of matrices"),
-        "beta1": (share, "AdamW's running mean of gradients"),
-        "beta2": (share, "AdamW's running mean of their squares"),
-        "grad_clip": (rate, "the largest norm of all gradients, 0 for any"),
-        "dropout": (share, "the share that is dropped while training"),
-        "seed": (whole_number, "the same seed trains the same model"),
-        "eval_interval": (positive_number, "steps between evaluations, each of which saves"),
-        "eval_iters": (positive_number, "batches in an evaluation, of each split"),
+        "max_iters": (parse_count, "steps in all; the learning rate falls until then"),
+        "learning_rate": (parse_positive_rate, "AdamW's, after the warm-up"),
+        "warmup_iters": (parse_count, "steps from 0 up to learning_rate"),
+        "lr_decay_iters": (parse_positive, "steps down to min_lr, along a cosine; by default max_iters"),
+        "min_lr": (parse_rate, "by default a twentieth of learning_rate"),
+        "weight_decay": (parse_rate, "of matrices"),
+        "beta1": (parse_fraction, "AdamW's running mean of gradients"),
+        "beta2": (parse_fraction, "AdamW's running mean of their squares"),
+        "grad_clip": (parse_rate, "the largest norm of all gradients, 0 for any"),
+        "dropout": (parse_fraction, "the share that is dropped while training"),
+        "seed": (parse_count, "the same seed trains the same model"),
+        "eval_interval": (parse_positive, "steps between evaluations, each of which saves"),
+        "eval_iters": (parse_positive, "batches in an evaluation, of each split"),
     },
 }
 
@@ -130,7 +138,7 @@ def make_parser():
     parser.add_models_dir()
     add("--data_dir", metavar="DIR", default="data", help="where tinyshakespeare is downloaded to (default data)")
     add("--device", choices=["cpu"], help="cpu is what NumPy runs on")
-    add("--threads", type=positive_number, metavar="N", help="shards of a batch, one thread each (default: the cores)")
+    add("--threads", type=parse_positive, metavar="N", help="shards of a batch, one thread each (default: the cores)")
     for title, options in TUNABLE.items():
         group = parser.add_argument_group(title)
         for name, (kind, meaning) in options.items():
@@ -259,7 +267,7 @@ def begin_folder(trainer):
     for name in (STATE, LOG, PICTURE, "model.safetensors", "config.json", "tokenizer.json"):
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(model_dir, name))
-    with replacing(os.path.join(model_dir, "hparams.json")) as f:
+    with atomic_write(os.path.join(model_dir, "hparams.json")) as f:
         f.write(json.dumps(trainer.hparams).encode("utf-8"))
     save_encoder(trainer.encoder, model_dir)
     for split, ids in trainer.data.items():
@@ -368,7 +376,7 @@ def resumed_trainer(model_dir, given):
     trainer = Trainer(model_dir, options, encoder, hparams, tensors, data, state)
     trainer.load_moments(saved)
     lines = read_log(model_dir, state["step"])  # those of later steps are written again
-    with replacing(os.path.join(model_dir, LOG)) as f:
+    with atomic_write(os.path.join(model_dir, LOG)) as f:
         f.write("".join(json.dumps(line) + "\n" for line in lines).encode("utf-8"))
     print(f"going on from step {state['step']} of {options['max_iters']}", file=sys.stderr)
     return trainer

@@ -15,7 +15,7 @@ import weakref
 
 import numpy as np
 
-from errors import UserError
+from weights.errors import UserError
 
 SLOT = 2**20  # numbers that a process can show to the others at a time
 LINE = 8  # words from the count of one process to the next one's: a line of the processor's cache for each

@@ -10,10 +10,10 @@ import sys
 
 import numpy as np
 
-from download import download_file, sha256_of
 from encoder import END_OF_TEXT, Encoder, bytes_to_unicode, merge_lines
-from errors import CorruptFile, UserError
-from files import decode_utf8, replacing
+from weights.download import download_file, sha256_of
+from weights.errors import CorruptFile, UserError
+from weights.files import atomic_write, decode_utf8
 
 TINYSHAKESPEARE = (  # Karpathy's file of Shakespeare's plays: where it is, bytes, sha256
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -105,7 +105,7 @@ def learn_merges(text, vocab_size):
 
 
 def save_tokens(path, ids):
-    with replacing(path) as f:
+    with atomic_write(path) as f:
         f.write(np.asarray(ids, "<u2").tobytes())
 
 

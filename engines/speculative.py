@@ -16,12 +16,12 @@ largest are closer than that the other one may be chosen; of equal ones, as alwa
 import numpy as np
 
 import gpt2
-from columns import LEAST_ROWS
-from parallel import few_token_model, has_small_kernels, share_caches, whole_caches
+from engines.columns import LEAST_ROWS
+from engines.parallel import has_small_kernels, share_caches, small_batch_model, whole_caches
 
 MOST_GUESSES = 15  # with the token before them 16 rows, what columns.py takes at once
 LONGEST_MATCH = 4  # tokens; a longer match says little more about what comes next
-LAYOUT_COST = 30  # passes that few_token_model takes the time of
+LAYOUT_COST = 30  # passes that small_batch_model takes the time of
 
 
 class Lookup:
@@ -51,7 +51,7 @@ class Lookup:
 class Draft:
     """Guesses what a smaller model would choose greedily. It keeps a cache of its own.
 
-    model: gpt2, or few_token_model's with its params. The latter is better beside a model of that kind: BLAS's own
+    model: gpt2, or small_batch_model's with its params. The latter is better beside a model of that kind: BLAS's own
     threads go on looking for work for a tenth of a second after a product, in the way of a helper process.
     """
 
@@ -75,11 +75,11 @@ class Draft:
         for layer in self.cache:
             layer.n_past = n_past
         self.text = text
-        return self.model.feed(text[n_past:], self.params, self.n_head, self.cache)
+        return self.model.prefill(text[n_past:], self.params, self.n_head, self.cache)
 
 
 def cheap_pass(n_tokens):
-    """What a pass of few_token_model costs, in plain passes of one token (bench/speculate.py)."""
+    """What a pass of small_batch_model costs, in plain passes of one token (bench/speculate.py)."""
     return 1 + 0.03 * max(n_tokens, LEAST_ROWS)
 
 
@@ -130,7 +130,7 @@ class Speculation:
     """Continues texts with one model and the help of guesses.
 
     make_guesser: makes what guesses for one text: Lookup, or a function that returns a Draft.
-    eager: the weights are copied into the layout for guessing (few_token_model) at the start of a text; else as soon as
+    eager: the weights are copied into the layout for guessing (small_batch_model) at the start of a text; else as soon as
     guesses would have been right often enough to pay for that. Where guesses no longer pay, the copy goes, and the text
     goes on token by token with the params given. One text at a time.
 
@@ -156,7 +156,7 @@ class Speculation:
         )
 
     def start_guessing(self, cache):
-        self.model, self.params = few_token_model(self.plain_params, self.n_head)
+        self.model, self.params = small_batch_model(self.plain_params, self.n_head)
         self.guessing = True
         return share_caches(cache, self.params)
 
@@ -201,7 +201,7 @@ class Speculation:
         """The logits after new_ids and after each guess, [n_guesses+1, n_vocab]; only the first if not guessing."""
         self.passes += 1
         if not (self.guessing and guesses):
-            return [self.model.feed(new_ids, self.params, self.n_head, cache)]
+            return [self.model.prefill(new_ids, self.params, self.n_head, cache)]
         self.guessed += len(guesses)
         return self.model.gpt2([*new_ids, *guesses], **self.params, n_head=self.n_head, cache=cache)
 

@@ -11,8 +11,8 @@ import math
 import numpy as np
 
 import gpt2
-from autograd import fuse
-from instance import new_instance
+from engines.instance import new_instance
+from training.autograd import fuse
 
 PIECE = 2**15  # numbers in a few rows: 128 KiB, of which several fit into the cache of a core
 

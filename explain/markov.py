@@ -20,15 +20,15 @@ import sys
 import numpy as np
 from tqdm import tqdm
 
-import fused
 import gpt2
-from autograd import value_and_gradients
-from checkpoint import nest
-from errors import UserError
-from optim import AdamW
-from picture import check_picture, new_figure, save_figure
 from sampling import make_sampler
-from train import initial_tensors
+from training import fused
+from training.adamw import AdamW
+from training.autograd import value_and_gradients
+from training.figure import check_picture, new_figure, save_figure
+from training.trainer import initial_tensors
+from weights.errors import UserError
+from weights.names import nest
 
 TEXT, STEPS = "111101111011110", 50
 HPARAMS = {"n_vocab": 2, "n_ctx": 3, "n_embd": 16, "n_head": 4, "n_layer": 4}

@@ -6,10 +6,10 @@ import json
 import os
 import sys
 
-from batch import in_order
-from cli import Continuer, decode_text, with_bar
-from errors import UserError
-from files import same_file
+from cli.generate import Generator, decode_text, with_bar
+from engines.batching import in_order
+from weights.errors import UserError
+from weights.files import same_file
 
 BEGIN = b'{"prompt": '  # of every line that is written
 
@@ -38,19 +38,19 @@ def read_prompts(path):
 
 def continue_all(options, todo, output):
     """todo: pairs of a prompt and the numbers of its samples."""
-    continuer, encoded, refused = Continuer(options), [], []
+    generator, encoded, refused = Generator(options), [], []
     for number, (prompt, samples) in enumerate(todo):
         try:
-            encoded.append((number, continuer.start_ids(prompt), samples))
+            encoded.append((number, generator.start_ids(prompt), samples))
         except UserError as error:
             failed = [record(prompt, sample, "", [], "error") | {"error": str(error)} for sample in samples]
             refused += [((number, i), line) for i, line in enumerate(failed, 1)]
 
     def finished():
-        requests = ((number, ids, [continuer.sampler(i) for i in samples]) for number, ids, samples in encoded)
-        for (number, i), ids, stop_reason in continuer.generate_batch(requests):
+        requests = ((number, ids, [generator.sampler(i) for i in samples]) for number, ids, samples in encoded)
+        for (number, i), ids, stop_reason in generator.generate_batch(requests):
             prompt, samples = todo[number]
-            yield (number, i), record(prompt, samples[i - 1], continuer.encoder.decode(ids), ids, stop_reason)
+            yield (number, i), record(prompt, samples[i - 1], generator.encoder.decode(ids), ids, stop_reason)
 
     keys = [(number, i) for number, (_, samples) in enumerate(todo) for i in range(1, len(samples) + 1)]
     records = in_order(itertools.chain(refused, finished()), keys)

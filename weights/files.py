@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 
-from errors import CorruptFile, UserError
+from weights.errors import CorruptFile, UserError
 
 
 def decode_utf8(data, source):
@@ -31,7 +31,7 @@ def read_json(path):
 
 
 @contextlib.contextmanager
-def replacing(path, remedy="choose another --models_dir"):
+def atomic_write(path, remedy="choose another --models_dir"):
     """A binary file that takes path's place when all of it is written, and leaves nothing behind when it is not.
 
     remedy: what a person can do, besides making room, where that fails with a UserError.
@@ -48,7 +48,7 @@ def replacing(path, remedy="choose another --models_dir"):
 
 
 def check_writable(path, remedy):
-    """Raises UserError where replacing() would, before there is work to lose."""
+    """Raises UserError where atomic_write() would, before there is work to lose."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError(errno.EEXIST, "it is there and is no file")

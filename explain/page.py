@@ -1,4 +1,4 @@
-"""The page of gpt2.py --explain out.html: explain_page.html with the numbers in it."""
+"""The page of gpt2.py --explain out.html: page.html with the numbers in it."""
 
 import base64
 import hashlib
@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 
-TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "explain_page.html")
+TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page.html")
 
 
 def as_page(name, ids, visible, layers, attention):
@@ -39,7 +39,7 @@ def encoded(shares):
 
 
 def template():
-    """explain_page.html with the hashes of its style and its script in its Content-Security-Policy.
+    """page.html with the hashes of its style and its script in its Content-Security-Policy.
 
     So these two are all that counts: nothing is fetched, and no prompt is run, whatever is in it.
     """

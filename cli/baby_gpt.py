@@ -10,35 +10,34 @@ import sys
 import numpy as np
 
 from baby_gpt import CPU, GPU, RUNGS, SCALED_UP, train
-from cli import Parser, exit_code, positive_number, whole_number
-from data import read_dataset, split_text
-from errors import UserError
-from files import same_file
-from picture import check_picture, new_figure, save_figure
-from train_cli import positive_rate, share
+from cli.options import Parser, exit_code, parse_count, parse_fraction, parse_positive, parse_positive_rate
+from training.dataset import read_dataset, split_text
+from training.figure import check_picture, new_figure, save_figure
+from weights.errors import UserError
+from weights.files import same_file
 
 MOST = 10_000  # of anything that memory is taken for
 PRESETS = {"cpu": (CPU, SCALED_UP), "gpu": (GPU, GPU)}  # of all rungs but the last, of the last
 
 
-def size(text):
-    if (number := positive_number(text)) > MOST:
+def parse_size(text):
+    if (number := parse_positive(text)) > MOST:
         raise argparse.ArgumentTypeError(f"{number} is too many, at most {MOST}")
     return number
 
 
 NUMBERS = {  # type, and what it is
-    "batch_size": (size, "pieces of text at a time"),
-    "block_size": (size, "characters in a piece, the context"),
-    "d_model": (size, "numbers that stand for a character"),
-    "d_k": (size, "width of a query, a key and a value"),
-    "Nx": (size, "blocks"),
-    "h": (size, "heads"),
-    "dropout_rate": (share, "the share that is dropped"),
-    "lr_rate": (positive_rate, "AdamW's learning rate"),
-    "num_iter": (positive_number, "steps"),
-    "eval_interval": (positive_number, "steps between evaluations"),
-    "eval_iters": (size, "batches in an evaluation"),
+    "batch_size": (parse_size, "pieces of text at a time"),
+    "block_size": (parse_size, "characters in a piece, the context"),
+    "d_model": (parse_size, "numbers that stand for a character"),
+    "d_k": (parse_size, "width of a query, a key and a value"),
+    "Nx": (parse_size, "blocks"),
+    "h": (parse_size, "heads"),
+    "dropout_rate": (parse_fraction, "the share that is dropped"),
+    "lr_rate": (parse_positive_rate, "AdamW's learning rate"),
+    "num_iter": (parse_positive, "steps"),
+    "eval_interval": (parse_positive, "steps between evaluations"),
+    "eval_iters": (parse_size, "batches in an evaluation"),
 }
 SAMPLE = 40  # characters of a text in the table
 WIDTHS = {"rung": 12, "parameters": 10, "seconds": 7, "train loss": 10, "validation loss": 15, "change": 17}
@@ -57,7 +56,7 @@ def make_parser():
     one_of("--all", action="store_true", help="train all, one after the other")
     one_of("--markov", action="store_true", help="train a GPT of 0s and 1s, and show it as a Markov chain (markov.py)")
     add("--draw", metavar="FILE", help="the picture (default: baby_gpt.png for --all, markov.png for --markov)")
-    add("--seed", type=whole_number, default=1337, metavar="N", help="1337 if not given; another one, another model")
+    add("--seed", type=parse_count, default=1337, metavar="N", help="1337 if not given; another one, another model")
     add("--dataset", metavar="FILE", help="a UTF-8 text file (default tinyshakespeare, which is downloaded)")
     add("--data_dir", metavar="DIR", help="where tinyshakespeare is downloaded to (default data)")
     add("--preset", choices=PRESETS, help="the numbers that are not given: cpu (default), or gpu, for days on a CPU")
@@ -76,7 +75,7 @@ def run(argv=None):
 def climb(given):
     """given: the options on the command line."""
     if "markov" in given:
-        from markov import show
+        from explain.markov import show
 
         return show(given)
     path = given.get("draw", "baby_gpt.png" if "all" in given else None)

@@ -2,8 +2,8 @@
 
 import os
 
-from errors import UserError
-from files import check_writable, replacing
+from weights.errors import UserError
+from weights.files import atomic_write, check_writable
 
 REMEDY = "choose another place for the picture"
 
@@ -27,7 +27,7 @@ def new_figure(width, height):
 
 
 def save_figure(figure, path, remedy=REMEDY):
-    with replacing(path, remedy) as f:
+    with atomic_write(path, remedy) as f:
         figure.savefig(f, format=ending(path), dpi=120)
 
 

@@ -7,13 +7,13 @@ import unicodedata
 import numpy as np
 from tqdm import tqdm
 
-from cli import make_parser, read_prompt
-from errors import UserError
-from explain import lens, likeliest, trace
-from explain_page import TEMPLATE, as_page
-from files import check_writable, replacing, same_file
-from picture import check_picture
+from cli.generate import make_parser, read_prompt
+from explain.page import TEMPLATE, as_page
+from explain.trace import lens, most_likely, trace
+from training.figure import check_picture
 from utils import load_encoder_hparams_and_params
+from weights.errors import UserError
+from weights.files import atomic_write, check_writable, same_file
 
 K = 10  # next tokens shown
 MAX_TOKENS = 128  # in a file: a map has the square of it, 124M has 144 maps, 1558M has 1200
@@ -43,7 +43,9 @@ def run_explain(options):
 def after_each_layer(traced, params):
     """Yields, for the embeddings and each layer, by position the K likeliest next [(id, probability)]."""
     for hidden in tqdm(traced.hidden, unit="layer", disable=None, leave=False):
-        yield [list(zip(*likeliest(logits, K), strict=True)) for logits in lens(hidden, params["ln_f"], params["wte"])]
+        yield [
+            list(zip(*most_likely(logits, K), strict=True)) for logits in lens(hidden, params["ln_f"], params["wte"])
+        ]
 
 
 def write_file(path, name, encoder, ids, traced, params):
@@ -54,7 +56,7 @@ def write_file(path, name, encoder, ids, traced, params):
     else:
         layers = list(after_each_layer(traced, params))
         data = as_page(name, ids, lambda i: visible(encoder, i), layers, traced.attention)
-    with replacing(path, REMEDY) as f:
+    with atomic_write(path, REMEDY) as f:
         f.write(data)
     n_layer, n_head = traced.attention.shape[:2]
     what = f"{len(ids)} tokens, {n_layer} x {n_head} attention maps, {len(data) / 1e3:.0f} kB"
@@ -79,7 +81,7 @@ def check_options(options):
 
 
 def check_output(path, prompt_file):
-    """Raises UserError where replacing() would fail, before there is work to lose."""
+    """Raises UserError where atomic_write() would fail, before there is work to lose."""
     for kept, what in ((prompt_file, "the prompt's own file"), (TEMPLATE, "what every page is made from")):
         if kept is not None and same_file(path, kept):
             raise UserError(f"{path} is {what}; {REMEDY}")

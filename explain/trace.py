@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engines.instance import new_instance, recording
 from gpt2 import layer_norm, linear, softmax
-from instance import new_instance
 from sampling import top_k_keep
 
 
@@ -19,16 +19,6 @@ class Trace(NamedTuple):
     logits: np.ndarray  # [n_seq, n_vocab]: gpt2()'s result
 
 
-def noting(function, results):
-    """The function, which also appends what it returns to a list."""
-
-    def noted(*args, **kwargs):
-        results.append(function(*args, **kwargs))
-        return results[-1]
-
-    return noted
-
-
 def trace(ids, params, n_head, last_only=False):
     """Runs gpt2() on token ids, [n_seq], and returns the Trace of it.
 
@@ -36,9 +26,9 @@ def trace(ids, params, n_head, last_only=False):
     too much. Raises ValueError when there are more ids than the model's context holds.
     """
     model, hidden, attention = new_instance(), [], []
-    model.embed, model.transformer_block = noting(model.embed, hidden), noting(model.transformer_block, hidden)
+    model.embed, model.transformer_block = recording(model.embed, hidden), recording(model.transformer_block, hidden)
     if not last_only:
-        model.softmax = noting(model.softmax, attention)
+        model.softmax = recording(model.softmax, attention)
     logits = model.gpt2(ids, **params, n_head=n_head, last_only=last_only)
     hidden = np.stack([x[-1:] if last_only else x for x in hidden])
     return Trace(hidden, np.stack(attention) if attention else None, logits)
@@ -52,7 +42,7 @@ def lens(hidden, ln_f, wte):  # [..., n_embd] -> [..., n_vocab]
     return linear(layer_norm(hidden, **ln_f), wte.T, 0)
 
 
-def likeliest(logits, k):  # [n_vocab] -> [k], [k]
+def most_likely(logits, k):  # [n_vocab] -> [k], [k]
     """The ids of the k likeliest tokens, the likeliest first, and their probabilities; of equal ones the lower id."""
     ids = np.flatnonzero(top_k_keep(logits, k))  # more than k where some tie with the last
     ids = ids[np.argsort(-logits[ids], kind="stable")][:k]

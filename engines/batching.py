@@ -52,7 +52,7 @@ def start_rows(requests, params, n_head, n_tokens_to_generate, stop_id, model):
     for key, inputs, samplers in requests:
         gpt2.check_request(inputs, n_tokens_to_generate, params["wpe"].shape[0])
         cache = [model.KVCache(len(inputs) + n_tokens_to_generate) for _ in params["blocks"]]
-        logits = model.feed(inputs, params, n_head, cache) if n_tokens_to_generate else None
+        logits = model.prefill(inputs, params, n_head, cache) if n_tokens_to_generate else None
         for i, sample in enumerate(samplers, 1):
             own_cache = copy.deepcopy(cache) if i < len(samplers) else cache
             row = Row((key, i), own_cache, sample, n_tokens_to_generate, stop_id)
@@ -66,7 +66,7 @@ def generate_batch(requests, params, n_head, n_tokens_to_generate, batch_size=8,
 
     requests: triples of a key, a prompt's ids, and a list of samplers, one for each continuation of it, i from 1 up.
     The next is asked for when a row is free, so memory is that of batch_size rows.
-    model: the module gpt2, or few_token_model's (parallel.py) with the params that belong to it.
+    model: the module gpt2, or small_batch_model's (parallel.py) with the params that belong to it.
     Raises ValueError when a prompt is empty or does not fit into the model's context, or batch_size is not positive.
     """
     if batch_size < 1:

@@ -1,0 +1,1 @@
+"""OpenAI's own code run beside ours. Imports gpt2, utils and weights."""

@@ -1,0 +1,1 @@
+"""Model files: names, formats, downloads. Imports nothing else of this project."""

@@ -1,0 +1,118 @@
+"""The tensors of a GPT-2: their names, shapes and nesting, and the hyperparameters these follow from."""
+
+import functools
+import math
+import operator
+import os
+import re
+
+from weights.errors import UserError
+from weights.files import read_json
+
+
+def load_hparams(model_dir):
+    """n_vocab, n_ctx, n_embd, n_head and n_layer from hparams.json, or from a config.json that describes GPT-2."""
+    path = os.path.join(model_dir, "hparams.json")
+    if os.path.exists(path):
+        found = read_json(path)
+    else:
+        path = os.path.join(model_dir, "config.json")
+        found = hparams_from_config(path, read_json(path))
+    hparams = {name: found.get(name) for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")}
+    for name, value in hparams.items():
+        if type(value) is not int or value < 1:
+            raise UserError(f"{path}: {name} is {value!r}, not a positive whole number; correct it")
+    if hparams["n_embd"] % hparams["n_head"]:
+        n_embd, n_head = hparams["n_embd"], hparams["n_head"]
+        raise UserError(f"{path}: n_embd {n_embd} is not a multiple of n_head {n_head}; correct it")
+    return hparams
+
+
+def hparams_from_config(path, config):
+    """Hugging Face's names; raises UserError when the config asks for something that is not GPT-2 as released."""
+    required = {
+        "model_type": ("gpt2",),
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "layer_norm_epsilon": (1e-5,),
+        "tie_word_embeddings": (True,),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    }
+    for name, accepted in required.items():
+        if config.get(name, accepted[0]) not in accepted:
+            raise UserError(f"{path}: {name} is {config[name]!r}; only GPT-2 is run here, which has {accepted[0]!r}")
+    n_inner, n_embd = config.get("n_inner"), config.get("n_embd")
+    if n_inner is not None and isinstance(n_embd, int) and n_inner != 4 * n_embd:
+        raise UserError(f"{path}: n_inner is {n_inner!r}; only GPT-2 is run here, which has 4*n_embd = {4 * n_embd}")
+    return config | {"n_vocab": config.get("vocab_size"), "n_ctx": config.get("n_positions", config.get("n_ctx"))}
+
+
+def tensor_shapes(n_vocab, n_ctx, n_embd, n_head, n_layer):
+    """The shape of every tensor of a GPT-2, by its name in OpenAI's checkpoint (less the "model/" before each)."""
+    block = {
+        "ln_1/g": (n_embd,),
+        "ln_1/b": (n_embd,),
+        "attn/c_attn/w": (n_embd, 3 * n_embd),
+        "attn/c_attn/b": (3 * n_embd,),
+        "attn/c_proj/w": (n_embd, n_embd),
+        "attn/c_proj/b": (n_embd,),
+        "ln_2/g": (n_embd,),
+        "ln_2/b": (n_embd,),
+        "mlp/c_fc/w": (n_embd, 4 * n_embd),
+        "mlp/c_fc/b": (4 * n_embd,),
+        "mlp/c_proj/w": (4 * n_embd, n_embd),
+        "mlp/c_proj/b": (n_embd,),
+    }
+    shapes = {"wte": (n_vocab, n_embd), "wpe": (n_ctx, n_embd)}
+    for i in range(n_layer):
+        shapes |= {f"h{i}/{name}": shape for name, shape in block.items()}
+    return shapes | {"ln_f/g": (n_embd,), "ln_f/b": (n_embd,)}
+
+
+def n_params(shapes):
+    """The number of elements in tensors of these shapes, a dict by name."""
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def hugging_face_name(name):
+    """h0/attn/c_attn/w -> h.0.attn.c_attn.weight"""
+    *scopes, leaf = re.sub(r"^h(\d+)/", r"h/\1/", name).split("/")
+    return ".".join([*scopes, {"b": "bias", "g": "weight", "w": "weight"}.get(leaf, leaf + ".weight")])
+
+
+def key_path(name):
+    """h0/ln_1/g -> ["blocks", 0, "ln_1", "g"]"""
+    return [int(key) if key.isdigit() else key for key in re.sub(r"^h(\d+)/", r"blocks/\1/", name).split("/")]
+
+
+def nest(tensors, n_layer):
+    """Tensors by checkpoint name to the nested dict that gpt2() takes: h0/ln_1/g is blocks[0]["ln_1"]["g"]."""
+    params = {"blocks": [{} for _ in range(n_layer)]}
+    for name, tensor in tensors.items():
+        *scopes, leaf = key_path(name)
+        inner = params
+        for key in scopes:
+            inner = inner[key] if isinstance(inner, list) else inner.setdefault(key, {})
+        inner[leaf] = tensor
+    return params
+
+
+def flatten(params, hparams):
+    """The reverse of nest: tensors by checkpoint name."""
+    return {name: functools.reduce(operator.getitem, key_path(name), params) for name in tensor_shapes(**hparams)}
+
+
+def check_names(path, expected, found):
+    for name in sorted(set(expected) ^ set(found)):
+        has, wants = ("lacks", "needs") if name in expected else ("has", "does not know")
+        raise UserError(f"{path} {has} the tensor {name}, which a model of its hparams {wants}; correct the hparams")
+
+
+def check_tensor(path, name, shape, dtype, expected_shape, expected_dtype):
+    if list(shape) != list(expected_shape):
+        raise UserError(
+            f"{path}: {name} has shape {list(shape)}, its hparams say {list(expected_shape)}; correct the hparams"
+        )
+    if dtype != expected_dtype:
+        raise UserError(f"{path}: {name} is {dtype}; only {expected_dtype} is run here: convert the file")
