@@ -1,9 +1,8 @@
 """GPT-2's byte-level byte pair encoding (Radford et al. 2019, section 2.2; Sennrich et al. 2016): text <-> token ids.
 
-Text is cut into words by PATTERN, each word becomes its UTF-8 bytes, each byte a printable character (so that the
-vocabulary can be a text file), and neighbouring symbols are merged in the order vocab.bpe lists, best first. Every
-string has an encoding, and decode(encode(text)) == text. PATTERN and the characters for bytes are OpenAI's: ids depend
-on them.
+PATTERN splits the text into words. Each word becomes its UTF-8 bytes, each byte a visible character (so that a
+vocabulary can be a text file), and neighbouring symbols are merged in the order of merges.txt. Every string has an
+encoding, and decode(encode(text)) == text. PATTERN and the characters for bytes are OpenAI's: the ids depend on them.
 """
 
 import codecs
@@ -11,6 +10,8 @@ import functools
 import heapq
 import json
 import os
+from collections import Counter, defaultdict
+from itertools import pairwise
 
 import regex
 
@@ -19,18 +20,23 @@ from weights.files import atomic_write, read_json
 
 PATTERN = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 END_OF_TEXT = "<|endoftext|>"
-CACHED_WORDS, CACHED_LENGTH = 2**16, 32  # words up to this length are remembered, this many of them
+CACHED_WORDS, CACHED_LENGTH = 2**16, 32  # the encodings of this many words of up to this many characters are kept
+# the files of a vocabulary: OpenAI's, Hugging Face's, and Hugging Face's since transformers 5
+LAYOUTS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("tokenizer.json",))
 
 
 def bytes_to_unicode():
-    """A dict from each byte to a visible character: printable Latin-1 stays, the other 68 bytes move to 256 and up."""
+    """Return a dict from each byte to a visible character: printable Latin-1 stays, the rest moves to 256 and up."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [b for b in range(256) if b not in visible]
     return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
 
 
 class Encoder:
-    """encoder: dict from symbol to id; merges: the lines "left right" of vocab.bpe, the first to be applied first."""
+    """A byte-level BPE tokenizer.
+
+    encoder: dict from symbol to id. merges: list of lines "left right", in the order in which they are applied.
+    """
 
     def __init__(self, encoder, merges):
         self.encoder = encoder
@@ -41,35 +47,36 @@ class Encoder:
         self.cached_word = functools.lru_cache(CACHED_WORDS)(self.encode_word)
 
     def bpe(self, word):
-        """The list of symbols that a word, given in visible characters, is merged into.
+        """Return the list of symbols into which the characters of a word merge.
 
-        The symbols form a linked list, the mergeable neighbours a heap: n characters take n log n steps.
+        A linked list holds the symbols and a heap the pairs that can be merged, for n log n steps of n characters.
         """
         symbols, after, before = list(word), list(range(1, len(word) + 1)), list(range(-1, len(word) - 1))
         heap = []
 
-        def offer(i):  # the pair that starts at i, if it can be merged
+        def push(i):  # the pair that starts at position i, if it can be merged
             j = after[i]
             if j < len(symbols) and (rank := self.ranks.get(f"{symbols[i]} {symbols[j]}")) is not None:
                 heapq.heappush(heap, (rank, i, symbols[i], symbols[j]))
 
         for i in range(len(symbols)):
-            offer(i)
+            push(i)
         while heap:
             _, i, left, right = heapq.heappop(heap)
             j = after[i]
             if symbols[i] != left or j == len(symbols) or symbols[j] != right:
-                continue  # an earlier merge took one of the two
+                continue  # an earlier merge took one of the two symbols
             symbols[i], symbols[j] = left + right, None
             after[i] = after[j]
             if after[i] < len(symbols):
                 before[after[i]] = i
-            offer(i)
+            push(i)
             if before[i] >= 0:
-                offer(before[i])
+                push(before[i])
         return [symbol for symbol in symbols if symbol is not None]
 
     def encode_word(self, word):
+        """Return the ids of one word. Raises UserError if the vocabulary lacks one of its symbols."""
         symbols = self.bpe("".join(self.byte_encoder[b] for b in word.encode("utf-8")))
         try:
             return [self.encoder[symbol] for symbol in symbols]
@@ -77,21 +84,21 @@ class Encoder:
             raise UserError(f"the vocabulary has no token for {error.args[0]!r}, which {word!r} needs") from None
 
     def encode(self, text, allowed_special=()):
-        """Text to a list of ids.
+        """Return the token ids of a text.
 
-        allowed_special: tokens such as "<|endoftext|>" that stand for themselves; by default they are ordinary text,
-        so that nobody's input can end it.
-        Raises UserError for a lone surrogate, which no UTF-8 can hold.
+        allowed_special: special tokens, such as "<|endoftext|>", to be encoded as one id each. By default they are
+        ordinary text, so that no input can end the text.
+        Raises UserError if the text contains a lone surrogate, which UTF-8 cannot represent.
         """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             what = f"U+{ord(text[error.start]):04X} at character {error.start + 1}"
             raise UserError(f"the text is not valid Unicode: lone surrogate {what}; remove it") from None
-        pieces = [text]
         allowed_special = {allowed_special} if isinstance(allowed_special, str) else set(allowed_special)
-        if unknown := allowed_special - self.encoder.keys():
+        if unknown := [token for token in allowed_special if token not in self.encoder]:
             raise UserError(f"the vocabulary has no special token {min(unknown)!r}; allow only those it has")
+        pieces = [text]
         if allowed_special:
             longest_first = sorted(allowed_special, key=len, reverse=True)
             pieces = regex.split("(" + "|".join(map(regex.escape, longest_first)) + ")", text)
@@ -105,64 +112,106 @@ class Encoder:
         return ids
 
     def start_ids(self):
-        """What a text from nothing begins after: the end of another, or for a vocabulary without that, of a line."""
+        """Return the ids that unconditional generation starts from: <|endoftext|>, or without it a line feed."""
         return [self.encoder[END_OF_TEXT]] if END_OF_TEXT in self.encoder else self.encode("\n")
 
     def token_bytes(self, token_id):
-        """The bytes of one token; an id that the vocabulary does not name is the replacement character U+FFFD."""
+        """Return the bytes of one token; an id outside the vocabulary gives the replacement character U+FFFD."""
         symbol = self.decoder.get(int(token_id), "\N{REPLACEMENT CHARACTER}")
         try:
             return bytes(self.byte_decoder[c] for c in symbol)
-        except KeyError:  # not made of visible bytes: a special token, written as it is
+        except KeyError:  # a special token whose name has other characters
             return symbol.encode("utf-8")
 
     def decode_stream(self, ids):
-        """Yields the text of each id as it comes, holding back a character's bytes until all of them are there."""
+        """Yield the text of each id in turn; a character appears with the token that completes its bytes."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token_id in ids:
             yield decoder.decode(self.token_bytes(token_id))
         yield decoder.decode(b"", final=True)
 
     def decode(self, ids):
-        """Ids to text; bytes that are not UTF-8 become U+FFFD, as in OpenAI's encoder.py."""
+        """Return the text of token ids; bytes that are not UTF-8 become U+FFFD, as in OpenAI's encoder.py."""
         return "".join(self.decode_stream(ids))
 
 
-# the files a vocabulary may be in: OpenAI's, Hugging Face's, and Hugging Face's since transformers 5
-LAYOUTS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("tokenizer.json",))
+def learn_merges(text, vocab_size):
+    """Learn byte-level BPE merges from a text (Sennrich et al. 2016, algorithm 1).
+
+    Start from the 256 byte symbols. Repeatedly merge the most frequent pair of neighbouring symbols into a new symbol,
+    until there are vocab_size symbols or no pair is left. Of equally frequent pairs, merge the one with the smallest
+    ids. A pair lies within a word, and a word within a line. Each distinct word is stored once, with its count, and a
+    merge visits only the words that contain its pair.
+
+    Returns the merges in the order learned, as lines "left right", the same as those of Hugging Face's tokenizers.
+    Merge i creates the symbol with id 256 + i; ids 0 to 255 are the byte symbols in sorted order.
+    """
+    byte_symbols = bytes_to_unicode()
+    symbols = sorted(byte_symbols.values())
+    ids = {b: symbols.index(symbol) for b, symbol in byte_symbols.items()}
+    word_counts = Counter(word for line in text.splitlines(keepends=True) for word in PATTERN.findall(line))
+    words = [([ids[b] for b in word.encode("utf-8")], count) for word, count in word_counts.items()]
+    pair_counts, words_with, changed = Counter(), defaultdict(set), set()
+
+    def count_pairs(w, start, stop, sign):  # add or subtract the pairs in positions start to stop of word w
+        word, count = words[w]
+        for pair in pairwise(word[max(start, 0) : stop]):
+            pair_counts[pair] += sign * count
+            words_with[pair].add(w)
+            changed.add(pair)
+
+    for w, (word, _) in enumerate(words):
+        count_pairs(w, 0, len(word), +1)
+    heap, merges = [], []
+    while len(symbols) < vocab_size:
+        for pair in changed:
+            heapq.heappush(heap, (-pair_counts[pair], pair))
+        changed.clear()
+        count, pair = heapq.heappop(heap) if heap else (0, None)
+        if count == 0:
+            break  # no pair is left
+        if -count != pair_counts[pair]:
+            continue  # an outdated entry: the pair was pushed again when its count changed
+        left, right = (symbols[i] for i in pair)
+        merges.append(f"{left} {right}")
+        symbols.append(left + right)
+        for w in words_with.pop(pair):
+            word, i = words[w][0], 0
+            while i + 1 < len(word):
+                if (word[i], word[i + 1]) == pair:
+                    count_pairs(w, i - 1, i + 3, -1)  # the pair, and the pairs with its two neighbours
+                    word[i : i + 2] = [len(symbols) - 1]
+                    count_pairs(w, i - 1, i + 2, +1)
+                i += 1
+    return merges
 
 
 def get_encoder(model_name, models_dir):
-    """The Encoder of a model folder, from the first of LAYOUTS that is there.
+    """Return the Encoder of a model folder, read from the first complete entry of LAYOUTS.
 
-    Raises UserError when none is, CorruptFile when one cannot be read.
+    Raises UserError if there is none, CorruptFile if a file cannot be parsed.
     """
     model_dir = os.path.join(models_dir, model_name)
     for names in LAYOUTS:
         paths = [os.path.join(model_dir, name) for name in names]
         if all(map(os.path.exists, paths)):
-            return (read_tokenizer if names == ("tokenizer.json",) else read_vocabulary_and_merges)(*paths)
+            return read_tokenizer(*paths) if len(paths) == 1 else read_vocabulary_and_merges(*paths)
     choices = ", or ".join(" and ".join(names) for names in LAYOUTS)
     raise UserError(f"{model_dir} has no vocabulary; put {choices} there")
 
 
 def read_tokenizer(path):
-    """The Encoder of a tokenizer.json, if it is one of byte-level BPE."""
+    """Return the Encoder of a tokenizer.json. Raises UserError unless it is a byte-level BPE like GPT-2's."""
     tokenizer = read_json(path)
     model, pre = tokenizer.get("model") or {}, tokenizer.get("pre_tokenizer") or {}
     if (model.get("type"), pre.get("type"), pre.get("add_prefix_space", False)) != ("BPE", "ByteLevel", False):
-        raise UserError(f"{path} is not of GPT-2's byte-level BPE; only that is read here: take a GPT-2 model")
-    try:
-        merges = merge_lines(model["merges"])
+        raise UserError(f"{path} is not a byte-level BPE like GPT-2's; only that can be read: choose a GPT-2 model")
+    try:  # older versions of tokenizers write a merge as a line, newer ones as a pair
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
         added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
         return Encoder(check_ids(path, model["vocab"] | added), merges)
     except (LookupError, TypeError) as error:
         raise CorruptFile(path, f"no vocabulary in it: {error}") from None
-
-
-def merge_lines(merges):
-    """The merges of a tokenizer.json as lines of vocab.bpe; newer versions of tokenizers write them as pairs."""
-    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
 
 
 def read_vocabulary_and_merges(vocabulary_path, merges_path):
@@ -170,14 +219,15 @@ def read_vocabulary_and_merges(vocabulary_path, merges_path):
 
 
 def check_ids(path, vocabulary):
-    """The vocabulary, if each of its symbols has an id from 0 up; raises CorruptFile otherwise."""
+    """Return the vocabulary read from path. Raises CorruptFile unless every id is an integer from 0."""
     wrong = next((symbol for symbol, i in vocabulary.items() if type(i) is not int or i < 0), None)
     if wrong is not None:
-        raise CorruptFile(path, f"{wrong[:40]!r} has no id but {vocabulary[wrong]!r}")
+        raise CorruptFile(path, f"the id of {wrong[:40]!r} is {vocabulary[wrong]!r}")
     return vocabulary
 
 
 def read_merges(path):
+    """Return the lines of vocab.bpe or merges.txt, without the version. Raises CorruptFile unless each is a pair."""
     try:
         with open(path, encoding="utf-8") as f:
             lines = f.read().rstrip("\n").split("\n")
@@ -191,9 +241,8 @@ def read_merges(path):
 
 
 def save_encoder(encoder, model_dir):
-    """Writes the vocabulary and the merges under OpenAI's names, for get_encoder, and under Hugging Face's."""
-    for vocabulary, merges in LAYOUTS[:2]:
-        with atomic_write(os.path.join(model_dir, vocabulary)) as f:
-            f.write(json.dumps(encoder.encoder).encode("utf-8"))
-        with atomic_write(os.path.join(model_dir, merges)) as f:
-            f.write("\n".join(["#version: 0.2", *encoder.ranks, ""]).encode("utf-8"))
+    """Write vocab.json and merges.txt, which get_encoder and transformers' AutoTokenizer load."""
+    with atomic_write(os.path.join(model_dir, "vocab.json")) as f:
+        f.write(json.dumps(encoder.encoder).encode("utf-8"))
+    with atomic_write(os.path.join(model_dir, "merges.txt")) as f:
+        f.write("\n".join(["#version: 0.2", *encoder.ranks, ""]).encode("utf-8"))

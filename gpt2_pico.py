@@ -1,48 +1,39 @@
-import argparse
-import math
+import sys
 
 import numpy as np
+from fire import Fire, decorators
 
 from utils import load_encoder_hparams_and_params
 
 
 def gelu(x):
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
-
+    return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x * x * x)))
 
 def softmax(x):
     exp_x = np.exp(x - np.max(x, axis=-1, keepdims=True))
     return exp_x / np.sum(exp_x, axis=-1, keepdims=True)
 
-
 def layer_norm(x, g, b, eps=1e-5):
     x = x - np.mean(x, axis=-1, keepdims=True)
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * g + b
 
-
 def linear(x, w, b):
     return x @ w + b
-
 
 def ffn(x, c_fc, c_proj):
     return linear(gelu(linear(x, **c_fc)), **c_proj)
 
-
 def attention(q, k, v):
     future = 1 - np.tri(q.shape[-2], dtype=q.dtype)
-    return softmax(q @ np.swapaxes(k, -1, -2) / math.sqrt(q.shape[-1]) - 1e10 * future) @ v
-
+    return softmax(q @ np.swapaxes(k, -1, -2) / q.shape[-1] ** 0.5 - 1e10 * future) @ v
 
 def mha(x, c_attn, c_proj, n_head):
-    qkv = linear(x, **c_attn).reshape(len(x), 3, n_head, -1)
-    q, k, v = (np.swapaxes(qkv[:, i], 0, 1) for i in range(3))
-    return linear(np.swapaxes(attention(q, k, v), 0, 1).reshape(x.shape), **c_proj)
-
+    qkv = np.swapaxes(linear(x, **c_attn).reshape(len(x), 3 * n_head, -1), 0, 1)
+    return linear(np.swapaxes(attention(*np.split(qkv, 3)), 0, 1).reshape(x.shape), **c_proj)
 
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head):
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
-
 
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):
     x = wte[np.asarray(inputs)] + wpe[: len(inputs)]
@@ -50,13 +41,10 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):
         x = transformer_block(x, **block, n_head=n_head)
     return layer_norm(x, **ln_f) @ wte.T
 
-
 def generate(inputs, params, n_head, n_tokens_to_generate):
-    ids = list(inputs)
     for _ in range(n_tokens_to_generate):
-        ids.append(int(np.argmax(gpt2(ids, **params, n_head=n_head)[-1])))
-    return ids[len(inputs) :]
-
+        inputs = [*inputs, int(np.argmax(gpt2(inputs, **params, n_head=n_head)[-1]))]
+    return inputs[len(inputs) - n_tokens_to_generate :]
 
 def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"):
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
@@ -65,14 +53,9 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
         raise ValueError(f"{len(ids)} prompt tokens + {n_tokens_to_generate} new; 1 + 0 to {hparams['n_ctx']} fit")
     return encoder.decode(generate(ids, params, hparams["n_head"], n_tokens_to_generate))
 
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
-    parser.add_argument("prompt")
-    parser.add_argument("--n_tokens_to_generate", type=int, default=40)
-    parser.add_argument("--model_size", default="124M")
-    parser.add_argument("--models_dir", default="models")
     try:
-        print(main(**vars(parser.parse_args())))
+        Fire(decorators.SetParseFns(prompt=str, n_tokens_to_generate=int, model_size=str, models_dir=str)(main))
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        print(f"gpt2_pico.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,9 +1,9 @@
-"""How the next token is chosen from the logits: greedily, or drawn with temperature, top-k and top-p.
+"""How the next token is chosen from the logits: greedily, or sampled with temperature, top-k and top-p.
 
-The order is temperature, then top-k, then top-p, as in OpenAI's sample.py and Hugging Face's generate.
-Ties: every token as likely as the last one kept is kept too, for top-k and for top-p (OpenAI's rule).
-The border of top-p: the fewest most likely tokens whose probabilities sum to at least p, the one that crosses p
-included (Holtzman et al. 2020, section 3.1, and Hugging Face). OpenAI's code leaves that one out, unless it is alone.
+Temperature is applied first, then top-k, then top-p, as in OpenAI's sample.py and Hugging Face's generate.
+Ties: tokens exactly as likely as the last token kept are kept too, for top-k and top-p (as in OpenAI's code).
+Top-p keeps the smallest set of most likely tokens whose probabilities sum to at least p (Holtzman et al. 2020,
+section 3.1, and Hugging Face). OpenAI's code leaves out the token that crosses p, unless it is the only one.
 """
 
 import numpy as np
@@ -12,14 +12,14 @@ from gpt2 import softmax
 
 
 def top_k_keep(logits, k):  # [n_vocab] -> [n_vocab] of bool
-    """True for the k largest logits and whatever ties with the smallest of them; k = 0 keeps all."""
+    """Mask of the k largest logits and of any that equal the smallest of them; k = 0 keeps all."""
     if not 0 < k < len(logits):
         return np.ones(len(logits), dtype=bool)
     return logits >= np.partition(logits, -k)[-k]
 
 
 def top_p_keep(probs, p):  # [n_vocab] -> [n_vocab] of bool
-    """True for the smallest set of most likely tokens whose probabilities reach p, ties included; p = 1 keeps all."""
+    """Mask of the smallest set of most likely tokens whose probabilities reach p, ties included; p = 1 keeps all."""
     if p >= 1:
         return np.ones(len(probs), dtype=bool)
     descending = np.sort(probs)[::-1]
@@ -28,9 +28,9 @@ def top_p_keep(probs, p):  # [n_vocab] -> [n_vocab] of bool
 
 
 def distribution(logits, temperature=1.0, top_k=0, top_p=1.0):  # [n_vocab] -> [n_vocab]
-    """The probability of each token being drawn, in float64: over a whole vocabulary float32 sums would drift."""
+    """Probability of each token, in float64, because float32 sums over a whole vocabulary are inexact."""
     logits = logits.astype(np.float64)
-    with np.errstate(over="ignore"):  # at a tiny temperature all but the largest become -inf, as they should
+    with np.errstate(over="ignore"):  # a tiny temperature gives -inf for all but the largest, as intended
         logits = (logits - np.max(logits)) / temperature
     probs = softmax(np.where(top_k_keep(logits, top_k), logits, -np.inf))
     probs = np.where(top_p_keep(probs, top_p), probs, 0)
@@ -38,9 +38,10 @@ def distribution(logits, temperature=1.0, top_k=0, top_p=1.0):  # [n_vocab] -> [
 
 
 def make_sampler(temperature=0.0, top_k=0, top_p=1.0, seed=None):
-    """Returns a function from logits [n_vocab] to a token id: argmax at temperature 0, else one seeded random draw.
+    """Return a function from logits, [n_vocab], to a token id: argmax at temperature 0, else a seeded random sample.
 
-    A draw takes one number from NumPy's Generator, so a seed gives the same tokens on every machine, up to rounding.
+    Each sample uses one random number of NumPy's Generator, so a seed gives the same tokens on every machine, up to
+    rounding.
     """
     if temperature == 0:
         return np.argmax

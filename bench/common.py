@@ -1,4 +1,4 @@
-"""What the benchmarks share: a model of 124M shape, the machine's read bandwidth, its name, and tables."""
+"""Shared by the benchmarks: a model of 124M shape, the machine's read bandwidth and description, and tables."""
 
 import functools
 import math
@@ -31,8 +31,11 @@ BYTES_A_TOKEN = 4 * sum(math.prod(shape) for name, shape in tensor_shapes(**SIZE
 
 
 def model_124m():
-    """(encoder, hparams, params) of models/random-124M, made at the first call: random weights, 498 MB, and OpenAI's
-    vocabulary where the tests' data are, else one of bytes (which loads faster)."""
+    """Load (encoder, hparams, params) of models/random-124M, which the first call creates.
+
+    It has random weights, 498 MB, and OpenAI's vocabulary if the tests' data are present, else one of bytes (which
+    loads faster).
+    """
     folder = MODELS_DIR / NAME
     if not (folder / "model.safetensors").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,8 +52,10 @@ def random_ids(n):
 
 
 def read_seconds():
-    """Seconds in which two threads read a 500 MB array, in each of two ways: np.max over integers, and a product with a
-    vector (BLAS), which is what decoding does."""
+    """Return the seconds in which two threads read a 500 MB array in each of two ways.
+
+    The ways are np.max over integers, and a matrix-vector product (BLAS), as in decoding.
+    """
     buffer = read_buffer()
     halves = np.array_split(buffer.reshape(-1).view(np.int64), 2)
     row = np.ones((1, 768), dtype=np.float32)
@@ -66,7 +71,7 @@ def read_seconds():
 
 
 def bandwidth(passes):
-    """Bytes a second: the median of some passes (what read_seconds returned), in the faster of the two ways."""
+    """Bytes per second in the faster of the two ways, from a list of results of read_seconds (the median)."""
     return read_buffer().nbytes / min(median(way) for way in zip(*passes, strict=True))
 
 
@@ -82,7 +87,7 @@ def seconds(function):
 
 
 def machine():
-    """One line: processor, cores, memory, Python, NumPy, what the environment tells OpenBLAS, day."""
+    """Return one line: processor, cores, memory, Python, NumPy, OpenBLAS variables of the environment, date."""
     model = platform.processor() or platform.machine()
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -97,12 +102,12 @@ def machine():
 
 
 def spread(values):
-    """Their median, and between which two they lie."""
+    """Format the median of the values, and the smallest and the largest."""
     return f"{median(values):.2f} [{min(values):.2f}-{max(values):.2f}]"
 
 
 def table(head, rows):
-    """Prints a Markdown table with columns of even width."""
+    """Print a Markdown table with aligned columns."""
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     lines = [

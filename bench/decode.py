@@ -1,8 +1,9 @@
-"""How close decoding one sequence comes to the machine's memory: python bench/decode.py [ROUNDS]
+"""How close decoding one sequence comes to the machine's memory bandwidth: python bench/decode.py [ROUNDS]
 
-Each new token has to read every weight but wpe once. The floor is the time that takes at the read bandwidth of the
-machine, which is measured after every few tokens, for it changes within seconds; the ratio says which part of a token's
-time is the floor (1.00 is all of it). Then the same with small_batch_model (parallel.py), which batches and guesses use.
+Each new token must read every weight except wpe once. The floor is the time this takes at the machine's read bandwidth,
+which is measured after every few tokens because it changes within seconds. Bandwidth utilization is the floor divided
+by the measured time per token, at most 1. The same follows for small_batch_model (engines/parallel.py), which batches
+and speculative decoding use.
 """
 
 import sys
@@ -25,17 +26,17 @@ import gpt2
 from engines.parallel import small_batch_model
 from gpt2 import generate_tokens
 
-IDLE = 0.15  # seconds after a measurement of the bandwidth, for its threads go on looking for work when there is none
-GROUPS, TOKENS = 5, 5  # the first token of a group finds the caches as the bandwidth measurement left them: not counted
+IDLE = 0.15  # seconds to wait after a bandwidth measurement: its threads spin for a while
+GROUPS, TOKENS = 5, 5  # the first token of a group, after the bandwidth measurement, is not counted
 
 
 def times(tokens, n):
-    """Seconds that each of the next n tokens takes."""
+    """Return the seconds that each of the next n tokens takes."""
     return [seconds(lambda: next(tokens)) for _ in range(n)]
 
 
 def decode_row(model, params, n_head, context, rounds):
-    """One row of the table: medians over rounds, the ratio taken within each round."""
+    """One row of the table: medians over rounds; the utilization is computed within each round."""
     first, each, speeds, ratios = [], [], [], []
     for _ in range(rounds):
         tokens = model.generate_tokens(random_ids(context), params, n_head, 1 + GROUPS * TOKENS)
@@ -61,7 +62,7 @@ def decode_row(model, params, n_head, context, rounds):
 
 
 def growth(params, n_head, rounds):
-    """Cost per token of the last 20 of 200 tokens over that of the first 20 (the prompt's own left out)."""
+    """Time per token of the last 20 of 200 tokens over that of the first 20, without the pass over the prompt."""
     ratios = []
     for _ in range(rounds):
         spent = times(generate_tokens(random_ids(32), params, n_head, 201), 201)[1:]
@@ -78,17 +79,18 @@ def linear(params, n_head):
 def main():
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 7
     _, hparams, params = model_124m()
-    print(f"{machine()}; {BYTES_A_TOKEN / 1e6:.1f} MB a token, medians of {rounds} rounds")
+    print(f"{machine()}; {BYTES_A_TOKEN / 1e6:.1f} MB per token, medians of {rounds} rounds")
     times(generate_tokens(random_ids(32), params, hparams["n_head"], 4), 4)  # touch the pages
     models = [(gpt2, params), small_batch_model(params, hparams["n_head"])]
-    head = ["model", "context", "first token ms", "ms a token", "tokens/s", "read GB/s", "floor ms", "floor / measured"]
+    times_head = ["ms to first token", "ms per token", "tokens/s", "read GB/s", "floor ms"]
+    head = ["model", "context", *times_head, "bandwidth utilization"]
     table(
         head, [decode_row(*model, hparams["n_head"], context, rounds) for model in models for context in (32, 512, 900)]
     )
     ratios = growth(params, hparams["n_head"], max(3, rounds // 2))
-    print(f"200 tokens: the last 20 cost {median(ratios):.2f} times the first 20 [{min(ratios):.2f}-{max(ratios):.2f}]")
+    print(f"200 tokens, the last 20 over the first 20: {spread(ratios)}")
     ratios = [linear(params, hparams["n_head"]) for _ in range(3)]
-    print(f"990 tokens: {median(ratios):.2f} times as long as if each took as long as the first 20 do")
+    print(f"990 tokens over 990 times one of the first 20: {median(ratios):.2f}")
 
 
 if __name__ == "__main__":

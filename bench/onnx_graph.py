@@ -1,7 +1,7 @@
-"""GPT-2 as an ONNX graph with a key/value cache, out of ONNX Runtime's fused operators where there are any.
+"""GPT-2 as an ONNX graph with a key/value cache, built from ONNX Runtime's fused operators where it has them.
 
-optimum's export of the same model needs transformers before 5, gives the same ids and takes longer, 1.2 to 1.4 times a
-token: ONNX Runtime makes 1203 nodes of it, of this 115, and it copies the cache at every step.
+optimum's export of the same model needs transformers before 5, gives the same ids, and takes 1.2 to 1.4 times as long
+per token: ONNX Runtime turns it into 1203 nodes, this graph into 115, and the export copies the cache at every step.
 """
 
 import numpy as np
@@ -12,13 +12,13 @@ FUSED = {"GroupQueryAttention", "SkipLayerNormalization", "FastGelu"}  # ONNX Ru
 
 
 class Graph:
-    """Nodes and weights so far; a value is known by its name."""
+    """Collects nodes and weights; a value is identified by its name."""
 
     def __init__(self):
         self.nodes, self.weights, self.inputs, self.outputs = [], [], [], []
 
     def node(self, kind, inputs, *outputs, **attributes):
-        """Adds a node and returns the name of its first output."""
+        """Add a node and return the name of its first output."""
         domain = "com.microsoft" if kind in FUSED else ""
         self.nodes.append(helper.make_node(kind, inputs, outputs, outputs[0], domain=domain, **attributes))
         return outputs[0]
@@ -36,18 +36,18 @@ class Graph:
         return name
 
     def product(self, x, name, w, b):
-        """x @ w; b is left to the next node, which adds it on the way: returns the names of both."""
+        """Add x @ w, and return its name and that of the bias b, which the next node adds."""
         return self.node("MatMul", [x, self.weight(name + ".w", w)], name + ".product"), self.weight(name + ".b", b)
 
     def add_norm(self, x, name, y, y_bias, g, b):
-        """The sum of x, y and y's bias, and its layer norm: returns the names of both."""
+        """Add x + y + y_bias and its layer norm, and return the names of both."""
         inputs = [x, y, self.weight(name + ".g", g), self.weight(name + ".b", b), y_bias]
         normed = self.node("SkipLayerNormalization", inputs, name, "", "", name + ".sum", epsilon=1e-5)
         return name + ".sum", normed
 
 
 def attention(graph, i, x, c_attn, n_head, d):
-    """Causal attention with the cache of layer i; bound to one buffer, past and present are written in place."""
+    """Causal attention with the cache of layer i; past and present, bound to one buffer, are updated in place."""
     qkv = graph.node("Add", graph.product(x, f"{i}.c_attn", **c_attn), f"{i}.c_attn")
     shape = ["batch", n_head, "n_max", d]
     past = [graph.input(f"past_{what}.{i}", TensorProto.FLOAT, shape) for what in ("key", "value")]
@@ -58,18 +58,18 @@ def attention(graph, i, x, c_attn, n_head, d):
 
 
 def embed(graph, wte, wpe):
-    """What each token is plus where it stands; declares the inputs."""
+    """Add token and position embeddings; also declares the inputs."""
     ids = graph.input("ids", TensorProto.INT64, ["batch", "n_seq"])
     positions = graph.input("positions", TensorProto.INT64, ["n_seq"])
     graph.input("last_key", TensorProto.INT32, ["batch"])  # n_keys - 1 for each row
-    graph.input("n_keys", TensorProto.INT32, [])  # positions so far, with the new ones
+    graph.input("n_keys", TensorProto.INT32, [])  # positions in the cache, with the new ones
     tokens = graph.node("Gather", [graph.weight("wte", wte), ids], "tokens")
     places = graph.node("Gather", [graph.weight("wpe", wpe), positions], "places")
     return graph.node("Add", [tokens, places], "embedded")
 
 
 def build(wte, wpe, blocks, ln_f, n_head):
-    """The graph for these weights: ids [batch, n_seq] to the logits of the last position, [batch, n_vocab]."""
+    """Build the graph for these weights: ids [batch, n_seq] -> logits of the last position, [batch, n_vocab]."""
     graph, d = Graph(), wte.shape[1] // n_head
     graph.output("logits", TensorProto.FLOAT, ["batch", wte.shape[0]])
     x = embed(graph, wte, wpe)
@@ -92,7 +92,7 @@ def build(wte, wpe, blocks, ln_f, n_head):
 
 
 def write(folder, params, n_head):
-    """model.onnx and its weights in a new folder."""
+    """Write model.onnx and its weights to a new folder."""
     graph = build(**params, n_head=n_head)
     whole = helper.make_graph(graph.nodes, "gpt2", graph.inputs, graph.outputs, graph.weights)
     versions = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]

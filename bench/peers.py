@@ -1,20 +1,21 @@
-"""Ours and other engines in turns, same weights, ids and 2 threads: python bench/peers.py [ROUNDS]
+"""This program and other engines in turns, with the same weights, ids and 2 threads: python bench/peers.py [ROUNDS]
 
-The others are transformers, ONNX Runtime and CTranslate2, as many of them as are installed (bench/requirements.txt).
+The others are those of transformers, ONNX Runtime and CTranslate2 that are installed (bench/requirements.txt). A
+speedup is the time of the other engine divided by ours; above 1, ours is faster.
 """
 
 import sys
 import time
 
 from common import bandwidth, machine, median, random_ids, read_seconds, table
-from engines import engines, in_turn
+from inference_engines import engines, in_turn
 
 N_TOKENS = 16
-IDLE = 0.3  # seconds before each turn, for an engine's threads go on looking for work when there is none
+IDLE = 0.3  # seconds to wait before each turn: the threads of an engine spin for a while
 
 
 def measure(engine, context, n_tokens):
-    """(ids, seconds to the first token, seconds a token after it)"""
+    """Return (ids, seconds to the first token, seconds per token after it)."""
     time.sleep(IDLE)
     start, marks, ids = time.perf_counter(), [], []
     for token in engine.run(random_ids(context), n_tokens):
@@ -24,7 +25,7 @@ def measure(engine, context, n_tokens):
 
 
 def rows(context, found, rounds):
-    """The table's rows for a context, one an engine, ours first."""
+    """The table's rows for a context, one per engine, ours first."""
     results, speeds = {engine: [] for engine in found}, []
     for turn in range(rounds):
         speeds.append(bandwidth([read_seconds() for _ in range(3)]))
@@ -35,11 +36,11 @@ def rows(context, found, rounds):
 
 
 def columns(ours, theirs, speed):
-    """A row from the results of each round; the ratios are medians of those within a round."""
+    """One row from the results of each round; a speedup is the median of the rounds' ratios."""
     cells = []
     for i in (1, 2):
-        ratio = median(a[i] / b[i] for a, b in zip(ours, theirs, strict=True))
-        cells += [f"{1000 * median(result[i] for result in theirs):.1f}", f"{ratio:.2f}"]
+        speedup = median(b[i] / a[i] for a, b in zip(ours, theirs, strict=True))
+        cells += [f"{1000 * median(result[i] for result in theirs):.1f}", f"{speedup:.2f}"]
     same = all(a[0] == b[0] for a, b in zip(ours, theirs, strict=True))
     return [*cells, speed, "yes" if same else "NO"]
 
@@ -51,7 +52,7 @@ def main():
     print(f"{machine()}; {versions}; 2 threads, medians of {rounds} rounds in turns")
     for engine in found:
         engine.call(measure, 64, 4)
-    times = ["first token ms", "ours / theirs", "ms a token", "ours / theirs"]
+    times = ["ms to first token", "speedup", "ms per token", "speedup"]
     head = ["context", "engine", *times, "read GB/s", "same ids"]
     table(head, [row for context in (32, 512, 900, 1000) for row in rows(context, found, rounds)])
 

@@ -1,7 +1,7 @@
-"""What a warm start costs: python bench/start.py [ROUNDS]
+"""The time of a warm start: python bench/start.py [ROUNDS]
 
-The whole process that prints one token after a 32-token prompt, beside a process that only imports NumPy, in turns;
-and the peak of its private memory (anonymous pages: the memory-mapped weights are not among them). Linux only.
+Runs the whole process that prints one token after a 32-token prompt, in turns with a process that only imports NumPy,
+and measures the peak of its private memory (anonymous pages, without the memory-mapped weights). Linux only.
 """
 
 import pathlib
@@ -19,7 +19,7 @@ def wall(command):
 
 
 def peak_private_mb(command):
-    """The largest RssAnon that a poll every millisecond or so sees."""
+    """Return the largest RssAnon, polled about every millisecond."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     status, peak = pathlib.Path(f"/proc/{process.pid}/status"), 0
     while process.poll() is None:
@@ -46,7 +46,7 @@ def main():
     a, b = zip(*pairs, strict=True)
     ratio = median(x / y for x, y in pairs)
     print(f"{machine()}; {n_prompt}-token prompt, 1 token, medians of {rounds} rounds in turns")
-    head = ["warm start s", "import numpy s", "ratio", "peak private MB"]
+    head = ["warm start s", "import numpy s", "times import numpy", "peak private MB"]
     table(head, [[f"{median(a):.3f}", f"{median(b):.3f}", f"{ratio:.2f}", f"{peak_private_mb(ours):.0f}"]])
 
 

@@ -1,10 +1,11 @@
-"""One step of training, ours and PyTorch's in turns, same shape and batch, 2 threads: python bench/train.py [ROUNDS]
+"""Time one training step of ours and of PyTorch in turns, same shape and batch: python bench/train.py [ROUNDS]
 
-A step is a forward pass, a backward pass and AdamW's update of every weight, in float32. Each side runs in a process of
-its own, so that the peak of its memory can be told; PyTorch runs transformers' GPT2LMHeadModel, eagerly.
-Needs torch and transformers (requirements-dev.txt).
+A step is a forward pass, a backward pass and AdamW's update of every parameter, in float32, on two threads. Each side
+runs in its own process, so that its peak memory can be measured; PyTorch runs transformers' GPT2LMHeadModel in eager
+mode. Needs torch and transformers (requirements-dev.txt).
 """
 
+import contextlib
 import json
 import pathlib
 import re
@@ -15,10 +16,15 @@ from importlib.metadata import version
 import numpy as np
 from common import SIZE_124M, machine, median, seconds, spread, table
 
-from cli.train import PRESETS
-from training.trainer import Trainer, initial_tensors
+from train import train_step
+from training.checkpoint import State
+from training.initialization import gpt2_deviation, initial_tensors
+from training.options import PRESETS, Options
+from training.plan import Plan, new_optimizer
+from training.trainer import Trainer
+from weights.names import tensor_shapes
 
-THREADS = 2
+THREADS, UNTIL_EXIT = 2, contextlib.ExitStack()
 SHAPES = {"124M, 4 x 64": (SIZE_124M, {"batch_size": 4, "block_size": 64, "dropout": 0.0})}
 for preset in ("3min", "1h"):
     options = PRESETS[preset]
@@ -29,14 +35,15 @@ for preset in ("3min", "1h"):
 
 
 def our_step(hparams, chosen):
-    """Trainer.train_step, on random tokens, as train.py calls it."""
-    from threadpoolctl import threadpool_limits
-
+    """Return a function that makes a step of train.py on random tokens."""
     data = {"train": np.random.default_rng(0).integers(0, hparams["n_vocab"], 9999, dtype=np.uint16)}
     options = PRESETS["3min"] | chosen | {"threads": THREADS, "grad_clip": 0.0}
-    trainer = Trainer(None, options, None, hparams, initial_tensors(hparams, 0), data)
-    threadpool_limits(trainer.blas_threads)
-    return trainer.train_step
+    options = Options(name="bench", dataset="random", **options)
+    tensors = initial_tensors(tensor_shapes(**hparams), 0, gpt2_deviation(hparams["n_layer"]))
+    state = State(tokens={"train": 9999}, val_chars_per_token=1.0)
+    trainer = Trainer(Plan("", options, state, None, hparams, new_optimizer(tensors, options), data))
+    UNTIL_EXIT.enter_context(trainer.threads())
+    return lambda: train_step(trainer)
 
 
 def their_step(hparams, chosen):
@@ -62,14 +69,14 @@ def their_step(hparams, chosen):
 
 
 def work(side, shape):
-    """The worker: a step for each line of standard input; answers with its seconds and the peak of memory so far."""
+    """Worker main loop: for each line of standard input, make a step and print its seconds and the peak memory."""
     step = (our_step if side == "ours" else their_step)(*SHAPES[shape])
     for _ in sys.stdin:
         print(json.dumps([seconds(step), peak_memory()]), flush=True)
 
 
 def peak_memory():
-    """Bytes of memory this process has held at most (Linux; getrusage would count those of the parent too)."""
+    """Return the peak memory of this process in bytes (Linux; getrusage would include the parent's)."""
     status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
 
@@ -111,12 +118,11 @@ def row(shape, rounds):
         shape,
         f"{1000 * a:.0f}",
         f"{1000 * b:.0f}",
-        spread([pair[0][0] / pair[1][0] for pair in pairs]),
+        spread([pair[1][0] / pair[0][0] for pair in pairs]),
         f"{tokens / a:.0f}",
         f"{tokens / b:.0f}",
         f"{memory[0]:.2f}",
         f"{memory[1]:.2f}",
-        f"{memory[0] / memory[1]:.2f}",
     ]
 
 
@@ -127,14 +133,13 @@ def main():
     print(f"{machine()}; torch {version('torch')}, {THREADS} threads, medians of {rounds} rounds in turns")
     head = [
         "shape",
-        "ms a step: ours",
+        "ms per step: ours",
         "theirs",
-        "ratio",
+        "speedup",
         "tokens/s: ours",
         "theirs",
         "peak GiB: ours",
         "theirs",
-        "ratio",
     ]
     return table(head, [row(shape, rounds) for shape in SHAPES])
 

@@ -1,7 +1,7 @@
-"""The command line of baby_gpt.py: which rungs are trained with which numbers, the table and the picture of them.
+"""The command line of baby_gpt.py: its options, the table and the figure of the stages, and the Markov chain.
 
-Standard output carries the table, and what a single rung writes; the evaluations go to standard error. Exit codes as in
-cli.py.
+Standard output has the table, and the sample of a single stage; standard error has the evaluations during training. The
+exit codes are those of options.py.
 """
 
 import argparse
@@ -9,111 +9,110 @@ import sys
 
 import numpy as np
 
-from baby_gpt import CPU, GPU, RUNGS, SCALED_UP, train
+from baby_gpt import CPU, GPU, SCALED_UP, STAGES, train
 from cli.options import Parser, exit_code, parse_count, parse_fraction, parse_positive, parse_positive_rate
-from training.dataset import read_dataset, split_text
+from explain import markov
+from training.dataset import check_length, read_dataset, split_text
 from training.figure import check_picture, new_figure, save_figure
+from training.report import printable
 from weights.errors import UserError
 from weights.files import same_file
+from weights.names import n_params
 
-MOST = 10_000  # of anything that memory is taken for
-PRESETS = {"cpu": (CPU, SCALED_UP), "gpu": (GPU, GPU)}  # of all rungs but the last, of the last
+MAX_SIZE = 10_000  # of the hyperparameters that determine how much memory is needed
+PRESETS = {"cpu": (CPU, SCALED_UP), "gpu": (GPU, GPU)}  # for all stages but scaled_up, and for scaled_up
 
 
 def parse_size(text):
-    if (number := parse_positive(text)) > MOST:
-        raise argparse.ArgumentTypeError(f"{number} is too many, at most {MOST}")
+    if (number := parse_positive(text)) > MAX_SIZE:
+        raise argparse.ArgumentTypeError(f"{number} is too large, at most {MAX_SIZE}")
     return number
 
 
-NUMBERS = {  # type, and what it is
-    "batch_size": (parse_size, "pieces of text at a time"),
-    "block_size": (parse_size, "characters in a piece, the context"),
-    "d_model": (parse_size, "numbers that stand for a character"),
+HYPERPARAMETERS = {  # type and help text
+    "batch_size": (parse_size, "sequences per batch"),
+    "block_size": (parse_size, "characters per sequence: the context length"),
+    "d_model": (parse_size, "embedding size"),
     "d_k": (parse_size, "width of a query, a key and a value"),
-    "Nx": (parse_size, "blocks"),
-    "h": (parse_size, "heads"),
-    "dropout_rate": (parse_fraction, "the share that is dropped"),
+    "Nx": (parse_size, "number of blocks"),
+    "h": (parse_size, "number of heads"),
+    "dropout_rate": (parse_fraction, "dropout probability"),
     "lr_rate": (parse_positive_rate, "AdamW's learning rate"),
-    "num_iter": (parse_positive, "steps"),
-    "eval_interval": (parse_positive, "steps between evaluations"),
-    "eval_iters": (parse_size, "batches in an evaluation"),
+    "num_iter": (parse_positive, "number of training steps"),
+    "eval_interval": (parse_positive, "number of steps between evaluations"),
+    "eval_iters": (parse_size, "batches per evaluation"),
 }
-SAMPLE = 40  # characters of a text in the table
-WIDTHS = {"rung": 12, "parameters": 10, "seconds": 7, "train loss": 10, "validation loss": 15, "change": 17}
-WIDTHS |= {"sample": SAMPLE}
+SAMPLE_LENGTH = 40  # characters in the table
+WIDTHS = {"stage": 12, "parameters": 10, "seconds": 7, "train loss": 10, "validation loss": 15, "change": 17}
+WIDTHS |= {"sample": SAMPLE_LENGTH}
 
 
 def make_parser():
     parser = Parser(
         prog="baby_gpt.py",
-        description="Climb from a table of letter pairs to GPT-2, training a model on each rung.",
+        description="Train the models of eleven stages from a table of letter pairs to GPT-2.",
         argument_default=argparse.SUPPRESS,
-        hint=" (the name of a rung goes after --rung)",
+        hint=" (the name of a stage goes after --stage)",
     )
     add, one_of = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument
-    one_of("--rung", choices=RUNGS, metavar="NAME", help=f"train one: {', '.join(RUNGS)}")
-    one_of("--all", action="store_true", help="train all, one after the other")
-    one_of("--markov", action="store_true", help="train a GPT of 0s and 1s, and show it as a Markov chain (markov.py)")
-    add("--draw", metavar="FILE", help="the picture (default: baby_gpt.png for --all, markov.png for --markov)")
-    add("--seed", type=parse_count, default=1337, metavar="N", help="1337 if not given; another one, another model")
-    add("--dataset", metavar="FILE", help="a UTF-8 text file (default tinyshakespeare, which is downloaded)")
+    one_of("--stage", choices=STAGES, metavar="NAME", help=f"train one stage: {', '.join(STAGES)}")
+    one_of("--all", action="store_true", help="train all stages, one after the other")
+    one_of("--markov", action="store_true", help="train a GPT with two tokens and show it as a Markov chain")
+    add("--draw", metavar="FILE", help="path of the figure (default: baby_gpt.png for --all, markov.png for --markov)")
+    add("--seed", type=parse_count, default=1337, metavar="N", help="seed of the random numbers (default 1337)")
+    add("--dataset", metavar="FILE", help="a UTF-8 text file (default: tinyshakespeare, which is downloaded)")
     add("--data_dir", metavar="DIR", help="where tinyshakespeare is downloaded to (default data)")
-    add("--preset", choices=PRESETS, help="the numbers that are not given: cpu (default), or gpu, for days on a CPU")
-    for name, (kind, meaning) in NUMBERS.items():
-        values = f"[cpu {CPU[name]}, its scaled_up {SCALED_UP[name]}, gpu {GPU[name]}]"
+    add("--preset", choices=PRESETS, help="defaults of the options below: cpu (default), or gpu, days on a CPU")
+    for name, (kind, meaning) in HYPERPARAMETERS.items():
+        defaults = f"[cpu {CPU[name]}, scaled_up {SCALED_UP[name]}; gpu {GPU[name]}]"
         flag = "--steps" if name == "num_iter" else f"--{name}"
-        add(flag, dest=name, type=kind, metavar="N", help=f"{meaning} {values}")
+        add(flag, dest=name, type=kind, metavar="N", help=f"{meaning} {defaults}")
     return parser
 
 
 def run(argv=None):
-    """Runs the command line argv (default sys.argv[1:]) and returns its exit code."""
-    return exit_code("baby_gpt.py", lambda: climb(vars(make_parser().parse_args(argv))))
+    """Run the command line argv (default sys.argv[1:]) and return its exit code."""
+    return exit_code("baby_gpt.py", lambda: run_options(vars(make_parser().parse_args(argv))))
 
 
-def climb(given):
-    """given: the options on the command line."""
+def run_options(given):
+    """given: dict of the options on the command line."""
     if "markov" in given:
-        from explain.markov import show
+        show_markov(given)
+    else:
+        train_stages(given)
 
-        return show(given)
+
+def train_stages(given):
+    """Train one stage or all, and print a table; draw the curves for --all or if --draw is given."""
     path = given.get("draw", "baby_gpt.png" if "all" in given else None)
     if path:
         check_picture(path)
         if same_file(path, given.get("dataset", "")):
-            raise UserError(f"--draw {path} is the text itself; choose another name for the picture")
+            raise UserError(f"--draw {path} would overwrite the dataset; choose another path for the figure")
     data, chars = read_characters(given)
-    rungs = RUNGS if "all" in given else [given["rung"]]
-    options = {rung: PRESETS[given.get("preset", "cpu")][rung == "scaled_up"] | given for rung in rungs}
-    check_length(max(numbers["block_size"] for numbers in options.values()), data)
+    stages = STAGES if "all" in given else [given["stage"]]
+    options = {stage: PRESETS[given.get("preset", "cpu")][stage == "scaled_up"] | given for stage in stages}
+    block_size = max(options[stage]["block_size"] for stage in stages)
+    check_length(len(data["train"]), len(data["val"]), block_size, "characters")
     print_row(WIDTHS)
     print_row("-" * width for width in WIDTHS.values())
     results = []
-    for rung in rungs:
-        results.append(train(rung, options[rung], data, chars))
+    for stage in stages:
+        results.append(train(stage, options[stage], data, chars))
         print_row(cells(*results[-2:][::-1]))
-    if "rung" in given:
+    if "stage" in given:
         print("\n" + printable(results[0].text))
     if path:
         draw_curves(results, path)
-        print(f"drawn: {path}", file=sys.stderr)
+        print(f"wrote {path}", file=sys.stderr)
 
 
 def read_characters(given):
-    """Arrays of ids by split, and the character of each id."""
+    """Return arrays of token ids by split, and a string of the character of each id."""
     text = read_dataset(given.get("dataset", "tinyshakespeare"), given.get("data_dir", "data"))
     chars, ids = np.unique(list(text), return_inverse=True)
     return dict(zip(("train", "val"), split_text(ids), strict=True)), "".join(chars)
-
-
-def check_length(block_size, data):
-    n_train, n_val = len(data["train"]), len(data["val"])
-    if min(n_train, n_val) <= block_size:
-        raise UserError(
-            f"the text gives {n_train} characters to train on and {n_val} to validate on; each must be more than "
-            f"--block_size {block_size}: take a longer text"
-        )
 
 
 def print_row(texts):
@@ -121,31 +120,47 @@ def print_row(texts):
     print("| " + " | ".join(texts) + " |", flush=True)
 
 
-def cells(result, before=None):
-    """What the table says of a rung; before: the result of the rung below it, None where that was not trained."""
+def cells(result, previous=None):
+    """Return the texts of a row of the table. previous: the result of the previous stage, if that was trained."""
     _, train_loss, val_loss = result.curve[-1]
     change = ""
-    if before:
-        difference = round(val_loss - before.curve[-1][2], 4)
+    if previous:
+        difference = round(val_loss - previous.curve[-1][2], 4)
         change = f"{difference:+.4f}" + ("" if difference < 0 else " no better")
-    text = printable(result.text[:SAMPLE]).replace("\n", "⏎")
+    text = printable(result.text[:SAMPLE_LENGTH]).replace("\n", "⏎")
     losses = f"{train_loss:.4f}", f"{val_loss:.4f}"
-    return result.rung, str(result.n_params), f"{result.seconds:.1f}", *losses, change, text
-
-
-def printable(text):
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+    return result.stage, str(result.n_params), f"{result.seconds:.1f}", *losses, change, text
 
 
 def draw_curves(results, path):
-    """The validation losses over the steps; the first, of untrained models, lie above the picture."""
+    """Save a figure of the validation losses; the first evaluations, of untrained models, are above its upper edge."""
     from matplotlib import colormaps
 
     figure = new_figure(10, 6)
-    axes = figure.add_subplot(xlabel="step", ylabel="validation loss (nats a character)")
+    axes = figure.add_subplot(xlabel="step", ylabel="validation loss (nats per character)")
     for result, color in zip(results, colormaps["turbo"](np.linspace(0, 1, len(results))), strict=True):
         steps, _, losses = zip(*result.curve, strict=True)
-        axes.plot(steps, losses, marker=".", color=color, label=f"{losses[-1]:.3f}  {result.rung}")
+        axes.plot(steps, losses, marker=".", color=color, label=f"{losses[-1]:.3f}  {result.stage}")
     axes.set_ylim(top=1.02 * max(result.curve[1][2] for result in results))
     figure.legend(loc="outside right upper")
     save_figure(figure, path)
+
+
+def show_markov(given):
+    """Train the model of explain/markov.py; print its losses, its transitions and a sample, and draw it."""
+    if extra := set(given) - {"markov", "draw", "seed", "num_iter"}:
+        raise UserError(f"--{min(extra)} is an option of the stages; --markov takes --steps, --seed and --draw")
+    path = given.get("draw", "markov.png")
+    check_picture(path)
+    tensors, zeros = markov.new_tensors(given["seed"])
+    before = markov.transitions(tensors | zeros)
+    losses = markov.train(tensors, zeros, given.get("num_iter", markov.STEPS))
+    after = markov.transitions(tensors | zeros)
+    count = n_params({name: tensor.shape for name, tensor in tensors.items()})
+    print(f"{count} parameters; the text is {markov.TEXT}")
+    for i in sorted({0, min(10, len(losses) - 1), len(losses) - 1}):
+        print(f"step {i:2}: loss {losses[i]:.6f}")
+    print(*markov.table(before, after), sep="\n")
+    print(f"from 111: {markov.sample(tensors | zeros, given['seed'])}")
+    markov.draw({"before": before, f"after {len(losses)} steps": after}, path)
+    print(f"wrote {path}", file=sys.stderr)

@@ -1,145 +1,100 @@
-"""gpt2.py --explain: what the model makes of a prompt, as text, or to a page or a picture."""
+"""gpt2.py --explain: the tokens of a prompt and the most likely next tokens after each layer, as text or as a page."""
 
 import shutil
 import sys
 import unicodedata
 
 import numpy as np
-from tqdm import tqdm
 
-from cli.generate import make_parser, read_prompt
-from explain.page import TEMPLATE, as_page
-from explain.trace import lens, most_likely, trace
-from training.figure import check_picture
+from cli.session import check_prompt_fits, read_prompt
+from explain.page import TEMPLATE, make_page
+from explain.trace import logit_lens, most_likely, trace
 from utils import load_encoder_hparams_and_params
 from weights.errors import UserError
 from weights.files import atomic_write, check_writable, same_file
 
 K = 10  # next tokens shown
-MAX_TOKENS = 128  # in a file: a map has the square of it, 124M has 144 maps, 1558M has 1200
-TAKEN = ("explain", "prompt", "prompt_file", "model_size", "models_dir")  # the options that mean something here
-REMEDY = "name another file after --explain"
+MAX_TOKENS = 128  # on a page: an attention map has the square of it; 124M has 144 maps, 1558M has 1200
+REMEDY = "choose another file for --explain"
 
 
 def run_explain(options):
-    check_options(options)
+    """Print the explanation, or write it to the page that --explain names."""
     prompt, path = read_prompt(options), None if options.explain is True else options.explain
     if not prompt:
         raise UserError('--explain needs a prompt, before it: python gpt2.py "A prompt" --explain')
     if path is not None:
-        check_output(path, options.prompt_file)
+        check_output(path)
     encoder, hparams, params = load_encoder_hparams_and_params(options.model_size, options.models_dir)
     ids = encoder.encode(prompt)
-    check_length(len(ids), hparams["n_ctx"], path)
+    check_prompt_fits(len(ids), 0, hparams["n_ctx"])
+    if path is not None:
+        check_page_length(len(ids))
     traced = trace(ids, params, hparams["n_head"], last_only=path is None)
     if not np.all(np.isfinite(traced.logits)):
-        raise UserError(f"{options.model_size}'s weights are not sound, its logits not numbers; get the model anew")
-    if path is None:
-        print(as_text(encoder, ids, list(after_each_layer(traced, params))))
-    else:
-        write_file(path, options.model_size, encoder, ids, traced, params)
-
-
-def after_each_layer(traced, params):
-    """Yields, for the embeddings and each layer, by position the K likeliest next [(id, probability)]."""
-    for hidden in tqdm(traced.hidden, unit="layer", disable=None, leave=False):
-        yield [
-            list(zip(*most_likely(logits, K), strict=True)) for logits in lens(hidden, params["ln_f"], params["wte"])
-        ]
-
-
-def write_file(path, name, encoder, ids, traced, params):
-    if is_picture(path):
-        from explain_picture import as_picture
-
-        data = as_picture([shortened(visible(encoder, i)) for i in ids], traced.attention)
-    else:
-        layers = list(after_each_layer(traced, params))
-        data = as_page(name, ids, lambda i: visible(encoder, i), layers, traced.attention)
-    with atomic_write(path, REMEDY) as f:
-        f.write(data)
-    n_layer, n_head = traced.attention.shape[:2]
-    what = f"{len(ids)} tokens, {n_layer} x {n_head} attention maps, {len(data) / 1e3:.0f} kB"
-    print(f"note: {path}: {what}", file=sys.stderr)
-
-
-# What may be asked
-
-
-def is_picture(path):
-    return path.lower().endswith(".png")
-
-
-def check_options(options):
-    """Raises UserError where an option says how to continue the text: nothing is continued here."""
-    usual = vars(make_parser().parse_args([]))
-    useless = [f"--{name}" for name, value in vars(options).items() if name not in TAKEN and value != usual[name]]
-    if useless:
-        raise UserError(f"--explain looks at one prompt and continues nothing; leave out {', '.join(useless)}")
-    if options.prompt is not None and options.prompt_file is not None:
-        raise UserError("give one of a prompt and --prompt_file, not both")
-
-
-def check_output(path, prompt_file):
-    """Raises UserError where atomic_write() would fail, before there is work to lose."""
-    for kept, what in ((prompt_file, "the prompt's own file"), (TEMPLATE, "what every page is made from")):
-        if kept is not None and same_file(path, kept):
-            raise UserError(f"{path} is {what}; {REMEDY}")
-    (check_picture if is_picture(path) else check_writable)(path, REMEDY)
-
-
-def check_length(n_tokens, n_ctx, path):
-    if n_tokens > n_ctx:
-        raise UserError(f"{n_tokens} prompt tokens, more than the {n_ctx} of the model's context; shorten the prompt")
-    if path is not None and n_tokens > MAX_TOKENS:
         raise UserError(
-            f"{n_tokens} prompt tokens, more than the {MAX_TOKENS} whose attention can be shown; shorten the prompt, "
-            "or take the text, which shows none: --explain alone"
+            f"the logits of {options.model_size} are not finite: its weights are damaged; download or train it again"
+        )
+    predictions = predict_by_layer(traced.hidden, params)
+    if path is None:
+        print(format_text(encoder, ids, [positions[-1] for positions in predictions]))
+    else:
+        write_page(path, options.model_size, encoder, ids, predictions, traced.attention)
+
+
+def check_output(path):
+    """Raise UserError if atomic_write() would fail, before the model is loaded."""
+    if same_file(path, TEMPLATE):
+        raise UserError(f"{path} is the template of every page; {REMEDY}")
+    check_writable(path, REMEDY)
+
+
+def check_page_length(n_tokens):
+    if n_tokens > MAX_TOKENS:
+        raise UserError(
+            f"{n_tokens} prompt tokens, more than the {MAX_TOKENS} whose attention a page can show; shorten the "
+            "prompt, or print the text, which shows no attention: --explain without a file"
         )
 
 
-# How a token is written
+def predict_by_layer(hidden, params):
+    """Return for the embeddings and each layer, for each position, the K most likely next [(id, probability)]."""
+    from tqdm import tqdm
+
+    predictions = []
+    for states in tqdm(hidden, unit="layer", disable=None, leave=False):
+        logits = logit_lens(states, params["ln_f"], params["wte"])
+        predictions.append([list(zip(*most_likely(row, K), strict=True)) for row in logits])
+    return predictions
 
 
-def visible(encoder, token_id):
-    r"""A token as Python writes it, so that no two look the same: ' the', '\n', and b'\xe4' where it is no text."""
-    try:
-        text = encoder.token_bytes(token_id).decode("utf-8")
-    except UnicodeDecodeError:
-        return repr(encoder.token_bytes(token_id))
-    quoted = repr(text)
-    if text and unicodedata.category(text[0]).startswith("M") and quoted[1] == text[0]:  # a mark would join the quote
-        return quoted[0] + ascii(text[0])[1:-1] + quoted[2:]
-    return quoted
+def write_page(path, name, encoder, ids, predictions, attention):
+    data = make_page(name, ids, lambda i: token_text(encoder, i), predictions, attention)
+    with atomic_write(path, REMEDY) as f:
+        f.write(data)
+    n_layer, n_head = attention.shape[:2]
+    contents = f"{len(ids)} tokens, {n_layer} x {n_head} attention maps, {len(data) / 1e3:.0f} kB"
+    print(f"note: {path}: {contents}", file=sys.stderr)
 
 
-def width(text):
-    """The columns a text takes on a terminal (Unicode Standard Annex 11): wide characters two, marks none."""
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me") for c in text)
+# Text
 
 
-def shortened(text, n=12):
-    return text if len(text) <= n else text[: n - 1] + "…"
-
-
-# As text
-
-
-def as_text(encoder, ids, layers):
-    """The tokens, the K likeliest next ones, and those after each earlier layer."""
-    layers = [[(p, visible(encoder, i)) for i, p in positions[-1]] for positions in layers]
+def format_text(encoder, ids, predictions):
+    """Return the text for a prompt's token ids and [(id, probability)] after the embeddings and after each layer."""
+    *earlier, last = [[(token_text(encoder, i), p) for i, p in layer] for layer in predictions]
     lines = ["the tokens of the prompt: position, id, text"]
-    lines += [f"{i:4}  {token_id:6}  {visible(encoder, token_id)}" for i, token_id in enumerate(ids, 1)]
-    lines += ["", f"the likeliest next tokens, after layer {len(layers) - 1}, the last:"]
-    lines += [f"{i:4}  {p:7.2%}  {token}" for i, (p, token) in enumerate(layers[-1], 1)]
-    lines += ["", "the same if the model ended after an earlier layer (0: the embeddings), in percent:"]
-    lines += table([[f"{100 * p:5.1f} {shortened(token)}" for p, token in row] for row in layers[:-1]])
+    lines += [f"{i:4}  {token_id:6}  {token_text(encoder, token_id)}" for i, token_id in enumerate(ids, 1)]
+    lines += ["", f"the most likely next tokens after layer {len(earlier)}, the last:"]
+    lines += [f"{i:4}  {p:7.2%}  {token}" for i, (token, p) in enumerate(last, 1)]
+    title = "the logit lens: the most likely next tokens after each earlier layer (0: the embeddings), in percent:"
+    lines += ["", title]
+    lines += format_table([[f"{100 * p:5.1f} {shorten(token)}" for token, p in layer] for layer in earlier])
     return "\n".join(lines)
 
 
-def table(rows):
-    """Lines of cells in columns, each row with its number; a row takes several lines where it is too wide for one."""
+def format_table(rows):
+    """Yield the lines of a table with numbered rows; a row that is wider than the terminal takes several lines."""
     widest = max(width(cell) for row in rows for cell in row)
     fitting = (shutil.get_terminal_size((120, 24)).columns - 5) // (widest + 1)
     per_line = next((n for n in (10, 5) if n <= fitting), max(1, fitting))
@@ -147,3 +102,25 @@ def table(rows):
         for j in range(0, len(row), per_line):
             cells = "".join(f" {cell}{' ' * (widest - width(cell))}" for cell in row[j : j + per_line])
             yield f"{'' if j else i:4}{cells}".rstrip()
+
+
+def token_text(encoder, token_id):
+    r"""Return a token as a Python literal, unique to it: ' the', '\n', or b'\xe4' for bytes that are not UTF-8."""
+    try:
+        text = encoder.token_bytes(token_id).decode("utf-8")
+    except UnicodeDecodeError:
+        return repr(encoder.token_bytes(token_id))
+    quoted = repr(text)
+    if text and unicodedata.category(text[0]).startswith("M") and quoted[1] == text[0]:  # would combine with the quote
+        return quoted[0] + ascii(text[0])[1:-1] + quoted[2:]
+    return quoted
+
+
+def width(text):
+    """Return the terminal columns of a text: two per wide character (Unicode Annex 11), none per combining mark."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me") for c in text)
+
+
+def shorten(text, n=12):
+    return text if len(text) <= n else text[: n - 1] + "…"

@@ -1,4 +1,8 @@
-"""What the command lines share: the argument parser, types of arguments, exit codes, error lines."""
+"""What the command lines share: the argument parser, types of arguments, exit codes, error lines.
+
+Exit codes: 0 success, 2 a mistake that one line on standard error explains, 130 stopped with Ctrl-C, 141 the reader of
+standard output has gone.
+"""
 
 import argparse
 import math
@@ -12,7 +16,10 @@ EXIT_MISTAKE, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 2, 130, 141  # the last two a
 
 
 class Parser(argparse.ArgumentParser):
-    """hint: what to say behind arguments that are not recognized."""
+    """An ArgumentParser without abbreviated options that raises UserError for mistakes.
+
+    hint: text appended to the message about unrecognized arguments.
+    """
 
     def __init__(self, hint="", **options):
         super().__init__(allow_abbrev=False, **options)
@@ -24,7 +31,7 @@ class Parser(argparse.ArgumentParser):
             type=os.path.expanduser,
             default="models",
             metavar="DIR",
-            help="where the model folders are (default models)",
+            help="folder that contains the model folders (default: models)",
         )
 
     def error(self, message):
@@ -34,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse_count(text):
     if not text.strip().isdecimal() or len(text) > 100:
-        raise argparse.ArgumentTypeError(f"{text[:100]!r} is not a whole number from 0 up")
+        raise argparse.ArgumentTypeError(f"{text[:100]!r} is not a whole number of at least 0")
     return int(text)
 
 
@@ -44,78 +51,70 @@ def parse_positive(text):
     return number
 
 
-def parse_number(text):
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+def number_type(is_valid, description):
+    """Return an argparse type for valid numbers; the description completes the message "... is not"."""
+
+    def parse(text):
+        try:
+            number = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not is_valid(number):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {description}")
+        return number
+
+    return parse
 
 
-def parse_rate(text):
-    if not 0 <= parse_number(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number from 0 up")
-    return parse_number(text)
-
-
-def parse_probability(text):
-    if not 0 < parse_number(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
-    return parse_number(text)
-
-
-def parse_positive_rate(text):
-    if not 0 < parse_number(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
-    return parse_number(text)
-
-
-def parse_fraction(text):
-    if not 0 <= parse_number(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not from 0 up and below 1")
-    return parse_number(text)
+parse_rate = number_type(lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+parse_positive_rate = number_type(lambda x: 0 < x < math.inf, "a finite number above 0")
+parse_probability = number_type(lambda x: 0 < x <= 1, "above 0 and at most 1")
+parse_fraction = number_type(lambda x: 0 <= x < 1, "at least 0 and below 1")
 
 
 def n_cores():
+    """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def exit_code(program, work):
-    """What work() returns, or the exit code of what it raises, explained in one line that begins with the program."""
+    """Call work() and return its result (None: 0), or the exit code of an exception, explained in one error line."""
     prepare_streams()
     try:
         return work() or 0
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end in a traceback of Python's own exit
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would print a traceback while Python exits
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has seen enough
-        drop_output()
+    except BrokenPipeError:
+        discard_output()
         return EXIT_CLOSED_PIPE
     except (UserError, OSError, MemoryError) as error:
         print(f"{program}: error: {describe(error)}", file=sys.stderr)
-        if isinstance(error, OSError) and error.filename is None:  # no file of ours: standard output, on a full disk
-            drop_output()
+        if isinstance(error, OSError) and error.filename is None:  # standard output is on a full disk
+            discard_output()
         return EXIT_MISTAKE
 
 
 def prepare_streams():
-    """UTF-8 in files and pipes, no failure over a character the terminal lacks, nothing where a stream is closed."""
+    """Use UTF-8 for files and pipes, replace characters that a terminal lacks, replace closed streams by os.devnull."""
     if None in (sys.stdin, sys.stdout, sys.stderr):
-        nowhere = open(os.devnull, "r+", encoding="utf-8")  # noqa: SIM115 (one of the three from now on)
-        sys.stdin, sys.stdout, sys.stderr = (stream or nowhere for stream in (sys.stdin, sys.stdout, sys.stderr))
+        devnull = open(os.devnull, "r+", encoding="utf-8")  # noqa: SIM115 (stays open as a standard stream)
+        sys.stdin, sys.stdout, sys.stderr = (stream or devnull for stream in (sys.stdin, sys.stdout, sys.stderr))
     sys.stdout.reconfigure(**({"errors": "replace"} if sys.stdout.isatty() else {"encoding": "utf-8"}))
     sys.stderr.reconfigure(**({} if sys.stderr.isatty() else {"encoding": "utf-8"}), errors="backslashreplace")
 
 
-def drop_output():
-    """Sends to nowhere what is still buffered for a closed or full standard output: Python's exit would fail on it."""
+def discard_output():
+    """Redirect standard output to os.devnull: flushing the buffered rest at exit would fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def describe(error):
+    """Return what an error line says of an exception."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"cannot open {error.filename!r}: {error.strerror}; check the path and its permissions"
     if isinstance(error, OSError):
         return f"cannot write the output: {error.strerror}; make room"
     if isinstance(error, MemoryError):
-        return f"not enough memory ({error}); take a smaller model or batch"
+        return f"not enough memory ({error}); choose a smaller model or batch"
     return str(error)

@@ -1,4 +1,7 @@
-"""gpt2.py --prompts_file: a file of prompts in, a line of JSON for each continuation out, in the prompts' order."""
+"""gpt2.py --prompts_file: one prompt per line in, one line of JSON per continuation out, in the order of the prompts.
+
+With --output, a run that was interrupted continues where it stopped: the lines that the file has are not made again.
+"""
 
 import collections
 import itertools
@@ -6,77 +9,99 @@ import json
 import os
 import sys
 
-from cli.generate import Generator, decode_text, with_bar
+from cli.session import Generator, decode_text, with_bar
 from engines.batching import in_order
 from weights.errors import UserError
 from weights.files import same_file
 
-BEGIN = b'{"prompt": '  # of every line that is written
+LINE_START = b'{"prompt": '  # of every line of JSON
 
 
-def run_batch(options):
+def run_prompts_file(options):
     prompts = read_prompts(options.prompts_file)
     with Output(options.output, options.prompts_file) as output:
-        todo = output.unfinished(prompts, options.n_samples)
+        todo = missing_samples(prompts, options.n_samples, output.finished)
         if todo:
-            continue_all(options, todo, output)
+            write_continuations(options, todo, output)
         else:
-            print(f"note: {options.output} has all of it; for other options, name another --output", file=sys.stderr)
+            print(f"note: {options.output} is complete; for other options, name another --output", file=sys.stderr)
 
 
 def read_prompts(path):
-    """A prompt a line, an empty line being a prompt too: text from nothing."""
+    """Return the lines of a file, or of standard input for "-"; an empty line is an empty prompt."""
     if path == "-":
         path, data = "standard input", sys.stdin.buffer.read()
     else:
         with open(path, "rb") as f:
             data = f.read()
     if not data:
-        raise UserError(f"{path} is empty; it takes a prompt a line")
+        raise UserError(f"{path} is empty; write one prompt per line")
     return decode_text(data, path).replace("\r\n", "\n").split("\n")
 
 
-def continue_all(options, todo, output):
-    """todo: pairs of a prompt and the numbers of its samples."""
-    generator, encoded, refused = Generator(options), [], []
+def missing_samples(prompts, n_samples, finished):
+    """Return [(prompt, numbers of its samples to generate)], without the prompts that are complete.
+
+    finished: a Counter of the (prompt, sample) that are done; the same prompt may occur several times.
+    """
+    finished, todo = finished.copy(), []
+    for prompt in prompts:
+        missing = []
+        for sample in range(1, n_samples + 1):
+            if finished[prompt, sample]:
+                finished[prompt, sample] -= 1
+            else:
+                missing.append(sample)
+        if missing:
+            todo.append((prompt, missing))
+    return todo
+
+
+def write_continuations(options, todo, output):
+    """Generate and write the continuations in order; a prompt that is too long gets records of its error."""
+    generator, requests, errors = Generator(options), [], []
     for number, (prompt, samples) in enumerate(todo):
         try:
-            encoded.append((number, generator.start_ids(prompt), samples))
+            ids = generator.prompt_ids(prompt)
         except UserError as error:
-            failed = [record(prompt, sample, "", [], "error") | {"error": str(error)} for sample in samples]
-            refused += [((number, i), line) for i, line in enumerate(failed, 1)]
-
-    def finished():
-        requests = ((number, ids, [generator.sampler(i) for i in samples]) for number, ids, samples in encoded)
-        for (number, i), ids, stop_reason in generator.generate_batch(requests):
-            prompt, samples = todo[number]
-            yield (number, i), record(prompt, samples[i - 1], generator.encoder.decode(ids), ids, stop_reason)
-
+            errors += [((number, i), error_record(prompt, sample, error)) for i, sample in enumerate(samples, 1)]
+        else:
+            requests.append((number, ids, [generator.sampler(sample) for sample in samples]))
     keys = [(number, i) for number, (_, samples) in enumerate(todo) for i in range(1, len(samples) + 1)]
-    records = in_order(itertools.chain(refused, finished()), keys)
+    records = in_order(itertools.chain(errors, generated_records(generator, requests, todo)), keys)
     for line in with_bar(records, len(keys), "continuation", printed=options.output is None):
         output.write(line)
-    if refused:
-        print(f"note: {len(refused)} of {len(keys)} lines hold an error and no text", file=sys.stderr)
+    if errors:
+        print(f"note: {len(errors)} of {len(keys)} lines contain an error and no text", file=sys.stderr)
+
+
+def generated_records(generator, requests, todo):
+    """Yield ((number of the prompt, i), record) of each continuation when it is complete."""
+    for (number, i), ids, stop_reason in generator.generate_batch(requests):
+        prompt, samples = todo[number]
+        yield (number, i), record(prompt, samples[i - 1], generator.encoder.decode(ids), ids, stop_reason)
 
 
 def record(prompt, sample, text, ids, stop_reason):
     return {"prompt": prompt, "sample": sample, "text": text, "ids": ids, "stop_reason": stop_reason}
 
 
+def error_record(prompt, sample, error):
+    return record(prompt, sample, "", [], "error") | {"error": str(error)}
+
+
 class Output:
-    """Where the lines go: standard output, or a file that is appended to, and that says what is done already."""
+    """The destination of the lines of JSON: standard output, or a file that is appended to.
+
+    finished: a Counter of the (prompt, sample) that the file has.
+    """
 
     def __init__(self, path, prompts_path):
         self.path, self.finished, self.file = path, collections.Counter(), sys.stdout.buffer
         if path is None:
             return
-        self.is_new = not os.path.exists(path)
-        if same_file(path, prompts_path):
-            raise UserError(f"--output {path} is the prompts' own file; name another")
-        if not (self.is_new or os.path.isfile(path) or os.path.isdir(path)):
-            raise UserError(f"--output {path} is not a file; leave it out to get the lines on standard output")
-        self.keep, self.glue = 0, b""  # bytes that stay, and what comes between them and the first new line
+        check_output(path, prompts_path)
+        self.is_new, self.n_kept, self.separator = not os.path.exists(path), 0, b""
         if not self.is_new:
             with open(path, "rb") as f:
                 self.read_finished(f)
@@ -88,43 +113,38 @@ class Output:
     def __exit__(self, *_):
         if self.path is None:
             return
-        size = self.file.tell()
+        is_empty = self.file.tell() == 0
         self.file.close()
-        if self.is_new and size == 0:  # nothing came of it
+        if self.is_new and is_empty:
             os.remove(self.path)
 
     def read_finished(self, lines):
-        """Counts the lines there are, by prompt and sample. A last one without its end is kept if it is complete."""
+        """Count the records in the file. An incomplete last line is left out of n_kept, the bytes to keep."""
         for number, line in enumerate(lines, 1):
             try:
                 found = json.loads(line) if line.strip() else {"stop_reason": "error"}
                 if found["stop_reason"] != "error":
                     self.finished[found["prompt"], found["sample"]] += 1
             except (ValueError, LookupError, TypeError, RecursionError):
-                if line.endswith(b"\n") or not (line.startswith(BEGIN) or BEGIN.startswith(line)):
-                    raise UserError(f"{self.path}, line {number}, is not one of ours; name another --output") from None
-                return  # cut off while it was written: it is made again
-            self.keep += len(line)
-            self.glue = b"" if line.endswith(b"\n") else b"\n"
-
-    def unfinished(self, prompts, n_samples):
-        """[(prompt, numbers of its samples)] of what is still to do, in order."""
-        left, todo = self.finished.copy(), []
-        for prompt in prompts:
-            samples = []
-            for sample in range(1, n_samples + 1):
-                if left[prompt, sample]:
-                    left[prompt, sample] -= 1
-                else:
-                    samples.append(sample)
-            if samples:
-                todo.append((prompt, samples))
-        return todo
+                if line.endswith(b"\n") or not (line.startswith(LINE_START) or LINE_START.startswith(line)):
+                    raise UserError(
+                        f"{self.path}, line {number}, is not a line that --prompts_file writes; name another --output"
+                    ) from None
+                return
+            self.n_kept += len(line)
+            self.separator = b"" if line.endswith(b"\n") else b"\n"
 
     def write(self, line):
-        if self.path is not None and self.keep is not None:  # the first new line
-            self.file.truncate(self.keep)
-            self.file.write(self.glue)
-            self.keep = None
+        if self.path is not None and self.n_kept is not None:  # the first new line
+            self.file.truncate(self.n_kept)
+            self.file.write(self.separator)
+            self.n_kept = None
         self.file.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8"))
         self.file.flush()
+
+
+def check_output(path, prompts_path):
+    if same_file(path, prompts_path):
+        raise UserError(f"--output {path} is the file of the prompts; name another")
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):  # open() refuses folders
+        raise UserError(f"--output {path} is not a file; leave it out to print the lines on standard output")

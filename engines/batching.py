@@ -1,12 +1,13 @@
-"""Many prompts at once: one pass of the model takes a token of every row, and so reads the weights once for all.
+"""Continuous batching: generate for many prompts at once, one token of each per forward pass.
 
-Rows come and go (continuous batching; Yu et al. 2022, "Orca", section 3.2): one that is done leaves, and the next
-prompt takes its place in the next pass. A row has its own cache, position and sampler; attention goes row by row over
-exactly the positions a row has. Nothing is padded, and what a row gets does not depend on its neighbours, but for the
-rounding of products (columns.py).
+A pass reads every weight once, so a pass over several rows costs little more than one over a single row. A row that is
+complete leaves the batch and the next prompt takes its place in the next pass (Yu et al. 2022, "Orca", section 3.2).
+Each row has its own cache, position and sampler, and attention runs row by row over that row's positions: there is no
+padding, and a row's result does not depend on the other rows, except for rounding (see columns.py).
 """
 
 import copy
+import itertools
 
 import numpy as np
 
@@ -14,7 +15,7 @@ import gpt2
 
 
 class RowCaches:
-    """The caches of one layer of several rows, [batch, n_head, n_seq, d], as one cache."""
+    """The caches of one layer of several rows, used as a single cache of shape [batch, n_head, n_seq, d]."""
 
     def __init__(self, caches):
         self.caches = caches
@@ -24,20 +25,23 @@ class RowCaches:
         return np.array([[cache.n_past] for cache in self.caches])  # -> [batch, 1]
 
     def attend(self, q, k, v):  # [b, h, n_seq, d], [b, h, n_seq, d], [b, h, n_seq, d] -> [b, h, n_seq, d]
-        """Each row to its own cache: b rows, h heads."""
+        """Attend within each row, using its own cache; b rows, h heads."""
         return np.stack([cache.attend(*row) for cache, *row in zip(self.caches, q, k, v, strict=True)])
 
 
 class Row:
-    """One continuation in the making."""
+    """A continuation that is being generated.
+
+    stop_reason: None until the row is complete, then "length" or "end_of_text".
+    """
 
     def __init__(self, key, cache, sample, n_tokens_to_generate, stop_id):
         self.key, self.cache, self.sample = key, cache, sample
         self.n_tokens_to_generate, self.stop_id = n_tokens_to_generate, stop_id
         self.ids, self.stop_reason = [], None if n_tokens_to_generate else "length"
 
-    def take(self, logits):  # [n_vocab]
-        """Chooses the next token, and says in stop_reason whether it was the last."""
+    def append_token(self, logits):  # [n_vocab]
+        """Choose the next token, and set stop_reason if the row is complete."""
         next_id = int(self.sample(logits))
         if next_id == self.stop_id:
             self.stop_reason = "end_of_text"
@@ -48,55 +52,57 @@ class Row:
 
 
 def start_rows(requests, params, n_head, n_tokens_to_generate, stop_id, model):
-    """Yields the rows of each request with their first token; they share the passes over the prompt."""
+    """Yield the rows of each request with their first token; the rows of a request share its prefill."""
     for key, inputs, samplers in requests:
-        gpt2.check_request(inputs, n_tokens_to_generate, params["wpe"].shape[0])
+        gpt2.check_context(len(inputs), n_tokens_to_generate, params["wpe"].shape[0])
         cache = [model.KVCache(len(inputs) + n_tokens_to_generate) for _ in params["blocks"]]
         logits = model.prefill(inputs, params, n_head, cache) if n_tokens_to_generate else None
         for i, sample in enumerate(samplers, 1):
             own_cache = copy.deepcopy(cache) if i < len(samplers) else cache
             row = Row((key, i), own_cache, sample, n_tokens_to_generate, stop_id)
             if logits is not None:
-                row.take(logits)
+                row.append_token(logits)
             yield row
 
 
-def generate_batch(requests, params, n_head, n_tokens_to_generate, batch_size=8, stop_id=None, model=gpt2):
-    """Yields ((key, i), new ids, stop reason) of every row as it ends, the reason being "length" or "end_of_text".
+def advance_rows(rows, params, n_head, model):
+    """Append a token to each row, in one forward pass."""
+    caches = [RowCaches(layer) for layer in zip(*(row.cache for row in rows), strict=True)]
+    newest = [row.ids[-1:] for row in rows]  # -> [batch, 1]
+    logits = model.gpt2(newest, **params, n_head=n_head, cache=caches)  # -> [batch, 1, n_vocab]
+    for row, row_logits in zip(rows, logits[:, -1], strict=True):
+        row.append_token(row_logits)
 
-    requests: triples of a key, a prompt's ids, and a list of samplers, one for each continuation of it, i from 1 up.
-    The next is asked for when a row is free, so memory is that of batch_size rows.
-    model: the module gpt2, or small_batch_model's (parallel.py) with the params that belong to it.
-    Raises ValueError when a prompt is empty or does not fit into the model's context, or batch_size is not positive.
+
+def generate_batch(requests, params, n_head, n_tokens_to_generate, batch_size=8, stop_id=None, model=gpt2):
+    """Yield ((key, i), new ids, stop reason) of each continuation when it is complete.
+
+    requests: an iterable of (key, token ids of a prompt, list of samplers), one continuation per sampler, numbered i
+    from 1. A request is taken from it when a row is free, so memory is bounded by batch_size rows.
+    model: the module gpt2, or the one that small_batch_model (parallel.py) returns with its params.
+    The stop reason is "length" or "end_of_text".
+    Raises ValueError if a prompt is empty or does not fit into the model's context, or batch_size is less than 1.
     """
     if batch_size < 1:
-        raise ValueError(f"{batch_size} rows at a time are too few, at least 1")
-    waiting = start_rows(requests, params, n_head, n_tokens_to_generate, stop_id, model)
-    rows, caches = [], None
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    waiting, rows = start_rows(requests, params, n_head, n_tokens_to_generate, stop_id, model), []
     while True:
-        while len(rows) < batch_size and (row := next(waiting, None)):
-            if row.stop_reason:
-                yield row.key, row.ids, row.stop_reason
-            else:
-                rows, caches = [*rows, row], None
-        if not rows:
-            return
-        caches = caches or [RowCaches(layer) for layer in zip(*(row.cache for row in rows), strict=True)]
-        newest = [row.ids[-1:] for row in rows]  # -> [batch, 1]
-        logits = model.gpt2(newest, **params, n_head=n_head, cache=caches)  # -> [batch, 1, n_vocab]
-        for row, row_logits in zip(rows, logits[:, -1], strict=True):
-            row.take(row_logits)
+        rows += itertools.islice(waiting, batch_size - len(rows))
         if any(row.stop_reason for row in rows):
             yield from ((row.key, row.ids, row.stop_reason) for row in rows if row.stop_reason)
-            rows, caches = [row for row in rows if not row.stop_reason], None
+            rows = [row for row in rows if not row.stop_reason]
+        elif rows:
+            advance_rows(rows, params, n_head, model)
+        else:
+            return
 
 
 def in_order(results, keys):
-    """The values of (key, value) pairs in the order of the keys, each as soon as all before it are there."""
-    held, waiting = {}, iter(keys)
-    key = next(waiting, None)
+    """Yield the values of (key, value) pairs in the order of keys, each as soon as its predecessors have arrived."""
+    arrived, expected = {}, iter(keys)
+    key = next(expected, None)
     for found, value in results:
-        held[found] = value
-        while key in held:
-            yield held.pop(key)
-            key = next(waiting, None)
+        arrived[found] = value
+        while key in arrived:
+            yield arrived.pop(key)
+            key = next(expected, None)

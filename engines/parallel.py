@@ -69,7 +69,7 @@ def shared(params, n_head, n_processes):
         blas().limit(limits=1)
         CACHES.clear()
         model, own_params = shared_model(team), share_of_params(params, n_head, team)
-        return helper_actions(model, own_params, n_head, team)
+        return helper_actions(model, own_params, n_head)
 
     team.start(in_a_helper)
     own_params = share_of_params(params, n_head, team)
@@ -98,29 +98,17 @@ def shared_model(team):
     return model
 
 
-def helper_actions(model, params, n_head, team):
+def helper_actions(model, params, n_head):
     """What a helper does when the first process begins a thing of that name with team.together."""
 
     def gpt2(inputs, cache, last_only):
         model.gpt2(inputs, **params, n_head=n_head, cache=cache, last_only=last_only)
 
-    def take_share(cache, shape):
-        put_share(cache, np.zeros(shape, np.float32), np.zeros(shape, np.float32), team)
-
-    def give_share(cache):
-        all_heads(cache, n_head, team)
-
     def forget(numbers):
         for number in numbers:
             CACHES.pop(number, None)
 
-    return {
-        "gpt2": gpt2,
-        "put_share": take_share,
-        "all_heads": give_share,
-        "copy_cache": copy_cache,
-        "forget": forget,
-    }
+    return {"gpt2": gpt2, "copy_cache": copy_cache, "forget": forget}
 
 
 CACHES = {}  # in a helper: its shares of the first process's caches, by their numbers
@@ -157,49 +145,6 @@ def share_of_cache(number, n_max, n_past):
 def copy_cache(cache, twin):
     if cache.n_past:
         twin.append(cache.k[..., : cache.n_past, :], cache.v[..., : cache.n_past, :])
-
-
-def share_caches(caches, params):
-    """The KVCaches of plain layers, as those of small_batch_model's; params are the latter's."""
-    team = getattr(params["wte"].T, "team", None)
-    return [share_cache(cache, team) for cache in caches] if team else caches
-
-
-def share_cache(cache, team):
-    k, v = cache.k[:, : cache.n_past], cache.v[:, : cache.n_past]
-    shared = SharedCache(cache.n_max, team)
-    with team.together("put_share", shared, k.shape):
-        put_share(shared, k, v, team)
-    return shared
-
-
-def put_share(cache, k, v, team):
-    """Appends the own heads of k and v, [n_head, n_past, d]: the first process has them all, the others bring zeros."""
-    part = share(len(k), team)
-    cache.append(team.sum(k)[part], team.sum(v)[part])
-
-
-def whole_caches(caches, n_head):
-    """The reverse of share_caches."""
-    return [whole_cache(cache, n_head) if isinstance(cache, SharedCache) else cache for cache in caches]
-
-
-def whole_cache(cache, n_head):
-    whole = gpt2.KVCache(cache.n_max)
-    with cache.team.together("all_heads", cache):
-        whole.append(*all_heads(cache, n_head, cache.team))
-    return whole
-
-
-def all_heads(cache, n_head, team):
-    """The keys and values of all processes, [n_head, n_past, d] each."""
-    return [team.sum(in_place(a[:, : cache.n_past], share(n_head, team), n_head)) for a in (cache.k, cache.v)]
-
-
-def in_place(a, part, n):  # [n_part, n_past, d] -> [n, n_past, d]
-    whole = np.zeros((n, *a.shape[1:]), a.dtype)
-    whole[part] = a
-    return whole
 
 
 class SharedColumns:

@@ -1,58 +1,58 @@
-"""Several tokens of one text in a pass: something cheap guesses them, and one pass of the model checks the guesses.
+"""Speculative decoding: draft several tokens cheaply, then check all of them in one forward pass of the model.
 
-(Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding".) The guesses are a smaller model's,
-or what followed the same words earlier in the text (Saxena 2023, "Prompt Lookup Decoding").
+(Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding".) The draft tokens come from a
+smaller model, or are the tokens that followed the same words earlier in the text (Saxena 2023, "Prompt Lookup
+Decoding").
 
-Guesses change how many tokens a pass gives, never which. Every token is chosen from the model's logits by the sampler
-that would have chosen it without: the logits behind a guess count only if that guess was chosen too. For draws this is
-the paper's rejection sampling (its algorithm 1), for the guesses here are certain (q = 1): to keep a guess x with
-probability p(x), and else to draw from p without x, is to draw from p and see whether it is x. So a seed, too, gives
-the tokens it gives without guesses.
+Draft tokens change how many tokens a pass yields, never which ones. The sampler chooses every token from the model's
+logits, as it does without drafting; a draft token is accepted if it is the token that the sampler chose, and only then
+are the logits after it used. For sampling this is the paper's rejection sampling (algorithm 1), since a draft token x
+is certain here (q = 1): accepting x with probability p(x), and sampling from p without x otherwise, is the same as
+sampling from p and comparing with x. A seed therefore gives the same tokens with and without drafting.
 
-The logits of a pass over several tokens are rounded differently from those of one token, by some 1e-5. Where the two
-largest are closer than that the other one may be chosen; of equal ones, as always, the lower id.
+The logits of a pass over several tokens differ from those of single-token passes by rounding, about 1e-5. If the two
+largest logits are closer than that, the other token may be chosen.
 """
 
 import numpy as np
 
 import gpt2
 from engines.columns import LEAST_ROWS
-from engines.parallel import has_small_kernels, share_caches, small_batch_model, whole_caches
 
-MOST_GUESSES = 15  # with the token before them 16 rows, what columns.py takes at once
-LONGEST_MATCH = 4  # tokens; a longer match says little more about what comes next
-LAYOUT_COST = 30  # passes that small_batch_model takes the time of
+MAX_DRAFT = 15  # with the token before them 16 rows, which columns.py multiplies at once
+MAX_MATCH = 4  # tokens of the end of the text that Lookup searches for
+DECAY = 0.9  # per pass, of the counts behind the acceptance rate
 
 
 class Lookup:
-    """Guesses that the text goes on as it did where its last tokens stood before, the latest such place."""
+    """Drafts the tokens that followed the latest earlier occurrence of the last tokens, the longest match first."""
 
-    cost = 0  # of a guess, in passes of the model
+    cost = 0  # of a draft token, in single-token passes of the model
 
     def __init__(self):
-        self.places, self.n_read = {}, 0  # by some tokens: where the token after them stands
+        self.places, self.n_read = {}, 0  # for each n-gram the position after its latest occurrence
 
-    def guess(self, text, n):
-        """Up to n token ids to follow the text (ids too), which each time begins with the text of the time before."""
+    def draft(self, text, n):
+        """Return up to n draft tokens to follow text, token ids that extend those of the previous call."""
         for place in range(self.n_read, len(text)):
-            for length in range(1, min(LONGEST_MATCH, place) + 1):
+            for length in range(1, min(MAX_MATCH, place) + 1):
                 self.places[tuple(text[place - length : place])] = place
         self.n_read = len(text)
-        lengths = range(min(LONGEST_MATCH, len(text)), 0, -1)
+        lengths = range(min(MAX_MATCH, len(text)), 0, -1)
         place = next(filter(None, (self.places.get(tuple(text[-length:])) for length in lengths)), None)
         if place is None:
             return []
-        guessed = text[place : place + n]
-        while len(guessed) < n:  # the place is near the end: the text repeats itself, and so does the guess
-            guessed.append(guessed[place - len(text)])
-        return guessed
+        drafted = text[place : place + n]
+        while len(drafted) < n:  # the text ends before n tokens: it repeats itself, and the draft continues that
+            drafted.append(drafted[place - len(text)])
+        return drafted
 
 
 class Draft:
-    """Guesses what a smaller model would choose greedily. It keeps a cache of its own.
+    """Drafts the tokens that a smaller model chooses greedily; has a cache of its own.
 
-    model: gpt2, or small_batch_model's with its params. The latter is better beside a model of that kind: BLAS's own
-    threads go on looking for work for a tenth of a second after a product, in the way of a helper process.
+    model: gpt2, or small_batch_model's with its params. Beside a small_batch_model the latter is faster: the threads
+    of BLAS keep spinning for a tenth of a second after a product and would slow the worker processes down.
     """
 
     def __init__(self, params, n_head, cost, model=gpt2):
@@ -60,16 +60,15 @@ class Draft:
         self.n_ctx = params["wpe"].shape[0]
         self.text, self.cache = [], [model.KVCache(self.n_ctx) for _ in params["blocks"]]
 
-    def guess(self, text, n):
-        """Up to n token ids to follow the text, fewer where the context of the model ends."""
-        guessed = []
-        while len(guessed) < min(n, self.n_ctx - len(text)):
-            logits = self.read(text + guessed)
-            guessed.append(int(logits.argmax()))
-        return guessed
+    def draft(self, text, n):
+        """Return up to n draft tokens to follow text, fewer at the end of the draft model's context."""
+        drafted = []
+        while len(drafted) < min(n, self.n_ctx - len(text)):
+            drafted.append(int(self.next_logits(text + drafted).argmax()))
+        return drafted
 
-    def read(self, text):
-        """The logits after a text; what it has in common with the text before comes out of the cache."""
+    def next_logits(self, text):  # [n_seq] -> [n_vocab]
+        """Return the logits after text; the beginning it shares with the previous text stays in the cache."""
         pairs = enumerate(zip(self.text, text[:-1], strict=False))
         n_past = next((i for i, (a, b) in pairs if a != b), min(len(self.text), len(text) - 1))
         for layer in self.cache:
@@ -78,142 +77,100 @@ class Draft:
         return self.model.prefill(text[n_past:], self.params, self.n_head, self.cache)
 
 
-def cheap_pass(n_tokens):
-    """What a pass of small_batch_model costs, in plain passes of one token (bench/speculate.py)."""
+def small_batch_cost(n_tokens):
+    """Time of a pass of small_batch_model over n tokens, in single-token passes of gpt2 (bench/speculative.py)."""
     return 1 + 0.03 * max(n_tokens, LEAST_ROWS)
 
 
-def packed_pass(n_tokens):
-    """The same where there is no such model."""
+def plain_cost(n_tokens):
+    """Time of a pass of gpt2 over n tokens, in single-token passes."""
     return 2.4 + 0.06 * n_tokens if n_tokens > 1 else 1
 
 
-class Odds:
-    """How guesses fared lately, and what follows from it. Costs are in plain passes of one token."""
+class AcceptanceRate:
+    """A running estimate of the acceptance rate, and the number of draft tokens that is fastest at this rate.
 
-    def __init__(self, guess_cost):
-        self.pass_cost = cheap_pass if has_small_kernels() else packed_pass
-        self.guess_cost = guess_cost
-        self.right, self.tried = 1.0, 2.0  # guesses: those behind a wrong one were not tried
-        self.trust()
+    draft_cost: of a draft token, pass_cost: of a pass over n tokens, both in single-token passes of gpt2.
+    """
 
-    def trust(self):
-        """As if guessing had paid so far: some passes without a right guess use that up."""
-        self.memory, self.tokens, self.cost = 0.9, 22.0, 16.0
+    def __init__(self, draft_cost, pass_cost):
+        self.draft_cost, self.pass_cost = draft_cost, pass_cost
+        self.accepted, self.checked = 0.0, 0.0
 
-    def doubt(self):
-        """As if guesses had been wrong for long: it takes some twenty right ones until best() is fast."""
-        self.memory, self.right, self.tried = 0.97, 0.0, 33.0
+    @property
+    def rate(self):
+        """The rate of the recent passes; 3/4, weighted as a single token, where they tell nothing."""
+        return (self.accepted + 0.75) / (self.checked + 1)
 
-    def saw(self, n_right, n_guesses):
-        """One pass: the first n_right of its guesses were right. To have none to make counts as a wrong one."""
-        self.right = self.memory * self.right + n_right
-        self.tried = self.memory * self.tried + max(1, min(n_right + 1, n_guesses))
-        self.tokens = 0.97 * self.tokens + n_right + 1
-        self.cost = 0.97 * self.cost + self.pass_cost(n_guesses + 1) + n_guesses * self.guess_cost
+    def update(self, n_accepted, n_draft):
+        """Count a pass with n_draft tokens; those after the first rejected one were not checked."""
+        self.accepted = DECAY * self.accepted + n_accepted
+        self.checked = DECAY * self.checked + min(n_accepted + 1, n_draft)
 
     def speed(self, n):
-        """Tokens in the time of a plain pass if n are guessed each time (Leviathan et al. 2023, theorem 3.8)."""
-        rate = self.right / self.tried
-        return sum(rate**i for i in range(n + 1)) / (self.pass_cost(n + 1) + n * self.guess_cost)
+        """Return the expected tokens per unit of time with n draft tokens per pass (Leviathan et al., theorem 3.8)."""
+        return sum(self.rate**i for i in range(n + 1)) / (self.pass_cost(n + 1) + n * self.draft_cost)
 
-    def best(self):
-        """How many to guess."""
-        return max(range(1, MOST_GUESSES + 1), key=self.speed)
-
-    def pay(self):
-        """Whether guessing was faster, lately, than going token by token."""
-        return self.tokens > self.cost
+    def best_n_draft(self):
+        return max(range(MAX_DRAFT + 1), key=self.speed)
 
 
 class Speculation:
-    """Continues texts with one model and the help of guesses.
+    """Generates like gpt2.generate_tokens, with draft tokens.
 
-    make_guesser: makes what guesses for one text: Lookup, or a function that returns a Draft.
-    eager: the weights are copied into the layout for guessing (small_batch_model) at the start of a text; else as soon as
-    guesses would have been right often enough to pay for that. Where guesses no longer pay, the copy goes, and the text
-    goes on token by token with the params given. One text at a time.
+    make_drafter: makes the object that drafts for one text: Lookup, or a function that returns a Draft.
+    model: the module gpt2, or small_batch_model's (parallel.py) with the params that belong to it.
 
-    Counted: passes, tokens, guessed (tokens that a pass checked), right (those of them that the text has).
+    Counts: n_passes, n_tokens (generated), n_draft (draft tokens checked), n_accepted.
     """
 
-    def __init__(self, params, n_head, make_guesser=Lookup, eager=True):
-        self.plain_params, self.n_head, self.make_guesser = params, n_head, make_guesser
-        self.model, self.params, self.guessing, self.eager = gpt2, params, False, eager
-        if eager:
-            self.start_guessing([])
-        self.count_anew()
+    def __init__(self, params, n_head, make_drafter=Lookup, model=gpt2):
+        self.params, self.n_head, self.make_drafter, self.model = params, n_head, make_drafter, model
+        self.pass_cost = plain_cost if model is gpt2 else small_batch_cost
+        self.reset_counts()
 
-    def count_anew(self):
-        self.passes = self.tokens = self.guessed = self.right = 0
+    def reset_counts(self):
+        self.n_passes = self.n_tokens = self.n_draft = self.n_accepted = 0
 
     def report(self, seconds):
-        """One line about what was done since count_anew."""
-        each = self.tokens / max(self.passes, 1)
+        """Return a line about the counts; seconds: the time since reset_counts."""
+        per_pass = self.n_tokens / max(self.n_passes, 1)
         return (
-            f"tokens: {self.tokens}, passes: {self.passes} ({each:.2f} tokens each), guesses: {self.guessed}, "
-            f"right: {self.right}, {self.tokens / seconds:.1f} tokens/s"
+            f"tokens: {self.n_tokens}, passes: {self.n_passes} ({per_pass:.2f} tokens per pass), "
+            f"draft tokens: {self.n_draft}, accepted: {self.n_accepted}, {self.n_tokens / seconds:.1f} tokens/s"
         )
 
-    def start_guessing(self, cache):
-        self.model, self.params = small_batch_model(self.plain_params, self.n_head)
-        self.guessing = True
-        return share_caches(cache, self.params)
-
-    def stop_guessing(self, cache):
-        cache = whole_caches(cache, self.n_head)
-        self.model, self.params, self.guessing = gpt2, self.plain_params, False
-        return cache
-
     def generate_tokens(self, inputs, n_tokens_to_generate, sample=np.argmax, stop_id=None):
-        """Yields the ids that gpt2.generate_tokens yields; raises what it raises."""
-        gpt2.check_request(inputs, n_tokens_to_generate, self.plain_params["wpe"].shape[0])
-        if self.eager and not self.guessing:
-            self.start_guessing([])
+        """Yield the token ids that gpt2.generate_tokens yields; raise what it raises."""
+        gpt2.check_context(len(inputs), n_tokens_to_generate, self.params["wpe"].shape[0])
         text, end = list(inputs), len(inputs) + n_tokens_to_generate
-        cache = [self.model.KVCache(end) for _ in self.plain_params["blocks"]]
-        guesser = self.make_guesser()
-        odds = Odds(guesser.cost)
-        if not self.guessing:
-            odds.doubt()
-        new_ids, guesses = text[:], []  # what the cache has not seen yet, and what may follow
+        cache = [self.model.KVCache(end) for _ in self.params["blocks"]]
+        drafter = self.make_drafter()
+        acceptance = AcceptanceRate(drafter.cost, self.pass_cost)
+        new_ids, draft = text[:], []  # tokens that are not in the cache yet, and those that may follow them
         while len(text) < end:
-            n_right = 0
-            for logits in self.check(new_ids, guesses, cache):
+            n_accepted = 0
+            for logits in self.logits_after(new_ids, draft, cache):
                 next_id = int(sample(logits))
                 if next_id == stop_id:
                     return
                 text.append(next_id)
-                self.tokens += 1
+                self.n_tokens += 1
                 yield next_id
-                if guesses[n_right : n_right + 1] != [next_id]:
+                if draft[n_accepted : n_accepted + 1] != [next_id]:
                     break
-                n_right += 1
-                self.right += self.guessing
+                n_accepted += 1
+                self.n_accepted += 1
             for layer in cache:
-                layer.n_past = len(text) - 1  # what followed a wrong guess is forgotten
-            odds.saw(n_right, len(guesses))
-            cache = self.adapt(cache, odds, end - len(text))
-            n_guesses = odds.best() if self.guessing else not guesser.cost  # free ones show whether they would be right
-            new_ids, guesses = text[-1:], guesser.guess(text, max(0, min(n_guesses, end - len(text) - 1)))
+                layer.n_past = len(text) - 1  # removes the rejected tokens
+            acceptance.update(n_accepted, len(draft))
+            new_ids = text[-1:]
+            draft = drafter.draft(text, max(0, min(acceptance.best_n_draft(), end - len(text) - 1)))
 
-    def check(self, new_ids, guesses, cache):
-        """The logits after new_ids and after each guess, [n_guesses+1, n_vocab]; only the first if not guessing."""
-        self.passes += 1
-        if not (self.guessing and guesses):
-            return [self.model.prefill(new_ids, self.params, self.n_head, cache)]
-        self.guessed += len(guesses)
-        return self.model.gpt2([*new_ids, *guesses], **self.params, n_head=self.n_head, cache=cache)
-
-    def adapt(self, cache, odds, n_left):
-        """Takes guessing up or leaves it, as the odds say; returns the cache to go on with."""
-        if self.guessing:
-            if odds.pay():
-                return cache
-            odds.doubt()
-            return self.stop_guessing(cache)
-        speed = 1 if odds.guess_cost else odds.speed(odds.best())
-        if speed > 1.5 and n_left * (1 - 1 / speed) > LAYOUT_COST:
-            odds.trust()
-            return self.start_guessing(cache)
-        return cache
+    def logits_after(self, new_ids, draft, cache):  # [n_new], [n_draft] -> [n_draft+1, n_vocab]
+        """Return the logits after new_ids and after each draft token, in one pass unless new_ids is a long prompt."""
+        self.n_passes += 1
+        self.n_draft += len(draft)
+        if not draft:
+            return self.model.prefill(new_ids, self.params, self.n_head, cache)[None]
+        return self.model.gpt2([*new_ids, *draft], **self.params, n_head=self.n_head, cache=cache)

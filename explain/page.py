@@ -1,4 +1,4 @@
-"""The page of gpt2.py --explain out.html: page.html with the numbers in it."""
+"""The HTML page of gpt2.py --explain OUT.html: the template page.html with its data inserted."""
 
 import base64
 import hashlib
@@ -11,37 +11,40 @@ import numpy as np
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page.html")
 
 
-def as_page(name, ids, visible, layers, attention):
-    """The page as bytes.
+def make_page(name, ids, token_text, predictions, attention):
+    """Return the page as bytes.
 
-    name: the model's. visible: from an id to its text. layers: for the embeddings and each layer, by position, the
-    likeliest next [(id, probability)]. attention: [n_layer, n_head, n_seq, n_seq].
+    name: the name of the model.
+    ids: the token ids of the prompt, [n_seq].
+    token_text: function from a token id to the text that shows it.
+    predictions: for the embeddings and each layer, for each position, the most likely next [(id, probability)].
+    attention: the attention weights, [n_layer, n_head, n_seq, n_seq].
     """
-    shown = {int(i) for positions in layers for likeliest in positions for i, _ in likeliest} | set(ids)
-    rows, columns = np.tril_indices(len(ids))  # the rest is 0: no position sees what comes after it
+    shown = {int(i) for positions in predictions for tokens in positions for i, _ in tokens} | set(ids)
+    rows, columns = np.tril_indices(len(ids))  # the weights of later positions are 0
     data = {
         "model": name,
         "ids": ids,
-        "text": {i: visible(i) for i in sorted(shown)},
+        "text": {i: token_text(i) for i in sorted(shown)},
         "next": [
-            [[(int(i), float(f"{p:.5g}")) for i, p in likeliest] for likeliest in positions] for positions in layers
+            [[(int(i), float(f"{p:.5g}")) for i, p in tokens] for tokens in positions] for positions in predictions
         ],
         "shape": attention.shape[:2],
-        "attention": encoded(attention[..., rows, columns]),
+        "attention": encode_weights(attention[..., rows, columns]),
     }
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")  # no tag ends it
-    return template().replace("{{data}}", text).encode("utf-8", "replace")  # a folder's name may be anything
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")  # no tag can end it
+    return read_template().replace("{{data}}", text).encode("utf-8", "replace")  # a model's name can be any file name
 
 
-def encoded(shares):
-    """Numbers from 0 to 1 as 16-bit integers, little-endian, in base64: off by less than 1e-5."""
-    return base64.b64encode(np.rint(shares * 65535).astype("<u2").tobytes()).decode("ascii")
+def encode_weights(weights):
+    """Encode numbers from 0 to 1 as 16-bit integers, little-endian, in base64; the rounding error is below 1e-5."""
+    return base64.b64encode(np.rint(weights * 65535).astype("<u2").tobytes()).decode("ascii")
 
 
-def template():
-    """page.html with the hashes of its style and its script in its Content-Security-Policy.
+def read_template():
+    """Return page.html with the hashes of its style and its script in its Content-Security-Policy.
 
-    So these two are all that counts: nothing is fetched, and no prompt is run, whatever is in it.
+    The browser then applies only these two: it fetches nothing and runs no script that a prompt contains.
     """
     with open(TEMPLATE, encoding="utf-8") as f:
         page = f.read()

@@ -1,7 +1,7 @@
-"""What gpt2() computes between the token ids and the logits: hidden states, attention weights, and the logit lens.
+"""The intermediate results of gpt2(): hidden states, attention weights, and the logit lens.
 
-Nothing is computed a second way: trace() runs a second instance of gpt2.py in which three functions also put down what
-they return, and the lens is the two steps that gpt2() itself ends with. gpt2.py knows nothing of this.
+trace() runs gpt2() itself, in a second instance of the module in which embed, transformer_block and softmax also record
+what they return; gpt2.py has no code for it. The logit lens applies the last two steps of gpt2() to any hidden state.
 """
 
 from typing import NamedTuple
@@ -14,16 +14,19 @@ from sampling import top_k_keep
 
 
 class Trace(NamedTuple):
-    hidden: np.ndarray  # [n_layer+1, n_seq, n_embd]: the embeddings, and what each block leaves
-    attention: np.ndarray | None  # [n_layer, n_head, n_seq, n_seq]: how much each position (row) takes of each
-    logits: np.ndarray  # [n_seq, n_vocab]: gpt2()'s result
+    """The intermediate results for one sequence of token ids. An attention map has queries as rows, keys as columns."""
+
+    hidden: np.ndarray  # [n_layer+1, n_seq, n_embd]: the embeddings, then the output of each block
+    attention: np.ndarray | None  # [n_layer, n_head, n_seq, n_seq]: attention weights; each row sums to 1
+    logits: np.ndarray  # [n_seq, n_vocab]: the result of gpt2()
 
 
 def trace(ids, params, n_head, last_only=False):
-    """Runs gpt2() on token ids, [n_seq], and returns the Trace of it.
+    """Run gpt2() on token ids, [n_seq], and return its Trace.
 
-    last_only: hidden states and logits of the last position alone, and no attention (None), of which a long text has
-    too much. Raises ValueError when there are more ids than the model's context holds.
+    last_only: keep the hidden states and logits of the last position only, and no attention weights (None), whose
+    number grows with the square of n_seq.
+    Raises ValueError if the ids exceed the model's context.
     """
     model, hidden, attention = new_instance(), [], []
     model.embed, model.transformer_block = recording(model.embed, hidden), recording(model.transformer_block, hidden)
@@ -34,16 +37,19 @@ def trace(ids, params, n_head, last_only=False):
     return Trace(hidden, np.stack(attention) if attention else None, logits)
 
 
-def lens(hidden, ln_f, wte):  # [..., n_embd] -> [..., n_vocab]
-    """The logits of a hidden state if no block came after it; of the last one, gpt2()'s own, bit for bit.
+def logit_lens(hidden, ln_f, wte):  # [..., n_embd] -> [..., n_vocab]
+    """Return the logits of a hidden state as if no further block followed (nostalgebraist 2020, "logit lens").
 
-    It is the logit lens of nostalgebraist 2020 ("interpreting GPT: the logit lens").
+    For the last hidden state these are the logits of gpt2(), bit for bit.
     """
     return linear(layer_norm(hidden, **ln_f), wte.T, 0)
 
 
 def most_likely(logits, k):  # [n_vocab] -> [k], [k]
-    """The ids of the k likeliest tokens, the likeliest first, and their probabilities; of equal ones the lower id."""
-    ids = np.flatnonzero(top_k_keep(logits, k))  # more than k where some tie with the last
+    """Return the ids of the k most likely tokens, in descending order, and their probabilities.
+
+    Of equally likely tokens, the lower id comes first.
+    """
+    ids = np.flatnonzero(top_k_keep(logits, k))  # more than k if several tie with the last
     ids = ids[np.argsort(-logits[ids], kind="stable")][:k]
     return ids, softmax(logits)[ids]

@@ -1,7 +1,7 @@
-"""Runs OpenAI's own src/model.py, src/sample.py and src/encoder.py, as they are, under TensorFlow 2.
+"""Run OpenAI's src/model.py, src/sample.py and src/encoder.py, unmodified, on TensorFlow 2.
 
-compare.py starts this file in a process of its own, where `encoder` is their module and nothing of ours is imported.
-Standard input takes one JSON object (the arguments of answer_all), standard output gives one JSON object a prompt.
+compare.py starts this file as a separate process, which imports nothing of ours: `encoder` is OpenAI's module.
+Standard input: one JSON object, the arguments of answer_all. Standard output: one line of JSON per prompt.
 """
 
 import json
@@ -13,13 +13,13 @@ import numpy as np
 
 
 class HParams:
-    """As much of tensorflow.contrib.training.HParams, which TensorFlow 2 no longer has, as OpenAI's code uses."""
+    """The part of tensorflow.contrib.training.HParams, removed in TensorFlow 2, that OpenAI's code uses."""
 
     def __init__(self, **values):
         vars(self).update(values)
 
     def override_from_dict(self, values):
-        """Sets hyperparameters that are there already; raises KeyError for one that is not."""
+        """Set existing hyperparameters; raise KeyError for an unknown one."""
         for name, value in values.items():
             if name not in vars(self):
                 raise KeyError(f"unknown hyperparameter {name}")
@@ -28,7 +28,7 @@ class HParams:
 
 
 def import_tensorflow_1():
-    """Makes `import tensorflow` give the TensorFlow 1 that TensorFlow 2 carries along, with HParams; returns it."""
+    """Return tensorflow.compat.v1, with HParams added, and make `import tensorflow` import it."""
     import tensorflow.compat.v1 as tf
 
     tf.disable_v2_behavior()
@@ -41,23 +41,23 @@ def import_tensorflow_1():
 
 
 def answer_all(official_repo, models_dir, model_name, prompts, n_tokens_to_generate, logits_dir):
-    """Yields for each prompt a dict of its token ids and the ids that greedy sampling adds to them.
+    """Yield for each prompt a dict of its token ids ("ids") and those of its greedy continuation ("new_ids").
 
-    Saves the logits of one pass over both, [n_prompt + n_new - 1, n_vocab], as logits_dir/0.npy, 1.npy, ...
+    Save the logits of one pass over both, [n_prompt + n_new - 1, n_vocab], as logits_dir/0.npy, 1.npy, ...
     """
     tf = import_tensorflow_1()
     sys.path.insert(0, os.path.join(official_repo, "src"))
     import model
     import sample
 
-    import encoder  # theirs
+    import encoder  # OpenAI's
 
     codec = encoder.get_encoder(model_name, models_dir)
     hparams = model.default_hparams()
     with open(os.path.join(models_dir, model_name, "hparams.json"), encoding="utf-8") as f:
         hparams.override_from_dict(json.load(f))
     with tf.Graph().as_default(), tf.Session() as session:
-        tf.set_random_seed(0)  # among tokens of exactly equal logits, top_k=1 draws
+        tf.set_random_seed(0)  # top_k=1 samples among tokens with exactly equal logits
         context = tf.placeholder(tf.int32, [1, None])
         output = sample.sample_sequence(
             hparams=hparams, length=n_tokens_to_generate, context=context, batch_size=1, temperature=1, top_k=1
@@ -72,6 +72,6 @@ def answer_all(official_repo, models_dir, model_name, prompts, n_tokens_to_gener
 
 
 if __name__ == "__main__":
-    sys.dont_write_bytecode = True  # leaves the checkout as it is
+    sys.dont_write_bytecode = True  # keep the checkout unmodified
     for answer in answer_all(**json.load(sys.stdin)):
         print(json.dumps(answer), flush=True)

@@ -1,5 +1,9 @@
+import functools
+import io
 import pathlib
+import shutil
 import signal
+import sys
 
 import pytest
 
@@ -15,7 +19,7 @@ from tests.random_model import (
 from utils import load_encoder_hparams_and_params
 
 ROOT = pathlib.Path(__file__).parent.parent
-# n_embd is no multiple of 16: tensors that do not fill cache lines; every dimension differs from every other
+# all dimensions differ; n_embd is not a multiple of 16, so that some tensors do not fill cache lines
 TINY = {"n_vocab": 400, "n_ctx": 128, "n_embd": 36, "n_head": 3, "n_layer": 2}
 PROMPTS = [
     "Alan Turing theorized that computers would one day become",
@@ -35,22 +39,22 @@ PROMPTS = [
 
 @pytest.fixture(autouse=True)
 def no_mirror(monkeypatch):
-    """No test downloads anything but from the server it starts itself."""
+    """No test downloads anything, except from a server that it starts itself."""
     monkeypatch.setenv("GPT2_BASE_URL", "http://127.0.0.1:9/nothing-listens-here")
 
 
 @pytest.fixture(autouse=True)
 def ctrl_c():
-    """A program that was interrupted ignores the next Ctrl-C; tests go on."""
+    """An interrupted program ignores further Ctrl-C; the next test does not."""
     yield
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def vocabulary_dir(tmp_path_factory):
-    """encoder.json and vocab.bpe of 400 tokens, learned from this project's own license and source."""
+    """encoder.json and vocab.bpe of 400 tokens, learned from texts that do not change with the source."""
     path = tmp_path_factory.mktemp("vocabulary")
-    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("LICENSE", "gpt2.py", "encoder.py"))
+    text = "\n".join([(ROOT / "LICENSE").read_text(encoding="utf-8"), *PROMPTS])
     write_vocabulary(path, text, TINY["n_vocab"])
     return path
 
@@ -62,7 +66,7 @@ def tiny_tensors():
 
 @pytest.fixture(scope="session")
 def tiny_release(tmp_path_factory, vocabulary_dir, tiny_tensors):
-    """A folder with the seven files of a release in OpenAI's layout, of a tiny model with random weights."""
+    """A folder with the seven files of OpenAI's layout, of a tiny model with random weights."""
     path = tmp_path_factory.mktemp("release") / "tiny"
     path.mkdir()
     copy_vocabulary(path, vocabulary_dir)
@@ -73,7 +77,7 @@ def tiny_release(tmp_path_factory, vocabulary_dir, tiny_tensors):
 
 @pytest.fixture(scope="session")
 def tiny_models_dir(tmp_path_factory, vocabulary_dir, tiny_tensors):
-    """A models_dir whose folder "tiny" is as the import leaves it, less the checkpoint: nothing needs TensorFlow."""
+    """A models_dir with the tiny model in the folder "tiny", in the imported layout; written without TensorFlow."""
     path = tmp_path_factory.mktemp("models")
     (path / "tiny").mkdir()
     copy_vocabulary(path / "tiny", vocabulary_dir)
@@ -88,7 +92,59 @@ def tiny(tiny_models_dir):
 
 
 def need(path):
-    """The path, or a skipped test that says what is not here."""
+    """Return the path; skip the test if it does not exist."""
     if not path.exists():
-        pytest.skip(f"{path} is not here")
+        pytest.skip(f"{path} does not exist")
     return path
+
+
+# gpt2.py's command line
+
+
+@pytest.fixture(autouse=True)
+def usual_python(monkeypatch):
+    """Settings of the person who runs the tests that would hide a missing flush or a wrong encoding."""
+    for name in ("PYTHONUNBUFFERED", "PYTHONIOENCODING", "PYTHONUTF8"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def tiny_flags(tiny_models_dir):
+    return ["--model_size", "tiny", "--models_dir", str(tiny_models_dir)]
+
+
+@pytest.fixture
+def inside(capsysbinary, monkeypatch):
+    """Run gpt2.py's command line in this process; returns what tests.programs.run returns."""
+    from cli.generate import run
+
+    def run_inside(*arguments, typed=b""):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed)))
+        capsysbinary.readouterr()
+        return run([str(argument) for argument in arguments]), *capsysbinary.readouterr()
+
+    return run_inside
+
+
+@pytest.fixture(scope="session")
+def truth(tiny_models_dir, tmp_path_factory):
+    """A function from a prompt and a number of tokens to the text that transformers continue it with, greedily."""
+    import torch
+    from transformers import AutoTokenizer, GPT2LMHeadModel
+
+    folder = shutil.copytree(tiny_models_dir / "tiny", tmp_path_factory.mktemp("truth") / "tiny")
+    (folder / "encoder.json").rename(folder / "vocab.json")
+    (folder / "vocab.bpe").rename(folder / "merges.txt")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = GPT2LMHeadModel.from_pretrained(folder).eval()
+    torch.set_num_threads(1)  # threads cost more than they save with such a model
+
+    @functools.cache
+    def continuation(prompt, n_tokens=8):
+        n_prompt = len(ids := tokenizer(prompt)["input_ids"] or [TINY["n_vocab"] - 1])
+        for _ in range(n_tokens):
+            with torch.no_grad():
+                ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+        return tokenizer.decode(ids[n_prompt:], clean_up_tokenization_spaces=False)
+
+    return continuation

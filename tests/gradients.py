@@ -1,9 +1,9 @@
-"""The gradient of every tensor of a GPT-2, ours against PyTorch's and against finite differences: a table.
+"""Print a table of the gradients of every tensor of a GPT-2, compared with PyTorch's and with finite differences.
 
     python -m tests.gradients
 
-A model of 4 layers, batches of 4 x 64 tokens, the same random weights everywhere. PyTorch differentiates transformers'
-GPT2LMHeadModel in float32; the finite differences are central, in float64, along one random direction a tensor.
+The model has 4 layers and random weights; a batch is 4 x 64 tokens. PyTorch runs transformers' GPT2LMHeadModel
+in float32; the finite differences are central, in float64, along one random direction per tensor.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 import gpt2
 from tests.random_model import random_tensors
 from training import fused
-from training.trainer import lm_loss, loss_and_gradients
+from training.loss import lm_loss, loss_and_gradients
 from weights.names import hugging_face_name, nest, tensor_shapes
 
 HPARAMS = {"n_vocab": 300, "n_ctx": 64, "n_embd": 48, "n_head": 4, "n_layer": 4}
@@ -24,10 +24,11 @@ def batch(hparams=None, shape=BATCH):
 
 
 def torch_model(hparams, tensors):
-    """transformers' model with these tensors, dropout off, its parameters by their names in our checkpoint."""
+    """Return transformers' model with these tensors and without dropout, and its parameters by checkpoint name."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    torch.set_num_threads(1)  # for a model this small, more threads take longer
     config = GPT2Config(
         vocab_size=hparams["n_vocab"],
         n_positions=hparams["n_ctx"],
@@ -58,9 +59,9 @@ def torch_gradients(hparams, tensors, inputs, targets):
 
 
 def difference_error(tensors, gradients, name, loss, step=1e-5):
-    """|central difference - gradient . direction| along a random direction of length 1, relative to the former."""
+    """Return |central difference - gradient . direction| / |central difference| for a random unit direction."""
     direction = np.random.default_rng(len(name)).standard_normal(tensors[name].shape)
-    direction *= np.sign(gradients[name]) * np.sign(direction)  # no part cancels another
+    direction *= np.sign(gradients[name]) * np.sign(direction)  # so that no two terms cancel
     direction /= np.linalg.norm(direction)
     above, below = (loss(tensors | {name: tensors[name] + sign * step * direction}) for sign in (1, -1))
     expected = (above - below) / (2 * step)
@@ -68,13 +69,13 @@ def difference_error(tensors, gradients, name, loss, step=1e-5):
 
 
 def relative_error(ours, theirs):
-    """The largest difference, as a part of the largest gradient of the tensor."""
+    """Return the largest difference relative to the largest gradient of the tensor."""
     return np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs))
 
 
-def table(hparams=HPARAMS, model=gpt2):
-    """Rows of (name, largest difference to PyTorch, the same relative to its largest gradient, differences' error)."""
-    tensors, (inputs, targets) = random_tensors(hparams), batch(hparams)
+def table(hparams=HPARAMS, model=gpt2, shape=BATCH):
+    """Yield (name, largest difference from PyTorch, the same relative to its largest, error of finite differences)."""
+    tensors, (inputs, targets) = random_tensors(hparams), batch(hparams, shape)
     _, ours = loss_and_gradients(tensors, hparams, inputs, targets, model)
     _, theirs = torch_gradients(hparams, tensors, inputs, targets)
     exact = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""GPT-2s with random weights in OpenAI's and in Hugging Face's layout: the real code's input where no download is."""
+"""Write GPT-2s with random weights in OpenAI's and in Hugging Face's layout, so that tests need no download."""
 
 import json
 import os
@@ -11,14 +11,14 @@ from encoder import bytes_to_unicode
 from weights.names import nest, tensor_shapes
 from weights.safetensors_file import save_params
 
-# OpenAI's vocabulary and some texts, too large for the repository: a folder beside it, or any that GPT2_TEST_DATA
-# names; without it the tests of them are skipped
+# OpenAI's vocabulary and some texts, which are too large for the repository; tests that need them are skipped if the
+# folder does not exist
 DATA = pathlib.Path(os.environ.get("GPT2_TEST_DATA", pathlib.Path(__file__).parents[2] / "shared" / "data"))
 SIZE_124M = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
 
 
 def random_tensors(hparams, seed=0):
-    """Tensors by checkpoint name, spread out so that a wrong order, a missing offset and the like change the logits."""
+    """Return tensors by name, so distributed that a missing bias or a wrong order of layers changes the logits."""
     rng = np.random.default_rng(seed)
     tensors = {}
     for name, shape in tensor_shapes(**hparams).items():
@@ -26,12 +26,12 @@ def random_tensors(hparams, seed=0):
         leaf = name.rpartition("/")[2]
         tensor *= {"g": 0.3, "b": 0.2, "wte": 0.1, "wpe": 0.3}.get(leaf, 2 / shape[0] ** 0.5)
         tensors[name] = tensor + np.float32(1) if leaf == "g" else tensor
-    tensors["ln_f/g"][::2] *= -1  # the embeddings being tied, each token would else be followed by itself
+    tensors["ln_f/g"][::2] *= -1  # else each token would be followed by itself, since embeddings are tied
     return tensors
 
 
 def write_vocabulary(model_dir, text, n_vocab):
-    """A byte-level BPE of n_vocab tokens learned from text, <|endoftext|> the last, as encoder.json and vocab.bpe."""
+    """Train a byte-level BPE of n_vocab tokens, <|endoftext|> the last, and write encoder.json and vocab.bpe."""
     from tokenizers import ByteLevelBPETokenizer
 
     tokenizer = ByteLevelBPETokenizer()
@@ -48,7 +48,7 @@ def write_vocabulary(model_dir, text, n_vocab):
 
 
 def write_byte_vocabulary(model_dir, n_vocab):
-    """The 256 bytes and as many tokens without a merge as n_vocab has room for: enough to encode any text."""
+    """Write a vocabulary of the 256 bytes, special tokens up to n_vocab and no merges, which can encode any text."""
     symbols = [*bytes_to_unicode().values(), *(f"<|{i}|>" for i in range(256, n_vocab - 1)), "<|endoftext|>"]
     with open(os.path.join(model_dir, "encoder.json"), "w", encoding="utf-8") as f:
         json.dump({symbol: i for i, symbol in enumerate(symbols)}, f)
@@ -67,7 +67,7 @@ def write_hparams(model_dir, hparams):
 
 
 def write_tf_checkpoint(model_dir, tensors, prefix="model.ckpt"):
-    """The files checkpoint and prefix.{index,meta,data-00000-of-00001}, by TensorFlow's Saver as OpenAI's were."""
+    """Write checkpoint and prefix.{index,meta,data-00000-of-00001} with TensorFlow's Saver, as OpenAI did."""
     import tensorflow.compat.v1 as tf
 
     with tf.Graph().as_default(), tf.Session() as session:
@@ -82,6 +82,6 @@ def write_tf_checkpoint(model_dir, tensors, prefix="model.ckpt"):
 
 
 def write_safetensors(model_dir, hparams, tensors):
-    """The folder as it is after the import: hparams.json, config.json and model.safetensors."""
+    """Write the files that a folder has after the import: hparams.json, config.json and model.safetensors."""
     write_hparams(model_dir, hparams)
     save_params(model_dir, nest(tensors, hparams["n_layer"]), hparams, hparams["n_vocab"] - 1)

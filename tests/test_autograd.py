@@ -1,4 +1,4 @@
-"""autograd.py against finite differences in float64 and against PyTorch."""
+"""training/autograd.py and training/fused.py against finite differences in float64 and against PyTorch."""
 
 import functools
 import gc
@@ -11,21 +11,24 @@ import torch
 
 import gpt2
 import gpt2_pico
+from engines.instance import recording
 from tests import gradients
 from tests.random_model import random_tensors
 from training import fused
 from training.autograd import OPERATIONS, Tensor, fuse
-from training.trainer import lm_loss, loss_and_gradients
+from training.loss import estimate_loss, lm_loss, loss_and_gradients
 from weights.names import nest
+
+HPARAMS = gradients.HPARAMS | {"n_layer": 2}
 
 
 def rand(*shape):
-    """Float64, away from 0 and positive, so that every function below is smooth where it is taken."""
+    """Float64, away from 0 and positive, so that every function below is smooth there."""
     return np.random.default_rng(len(shape) + sum(shape)).uniform(0.5, 1.5, shape)
 
 
 def numeric_gradient(function, arrays, i, step=1e-6):
-    """d sum(function) / d arrays[i], entry by entry."""
+    """d sum(weighted(function)) / d arrays[i], element by element."""
     gradient = np.zeros_like(arrays[i])
     for index in np.ndindex(arrays[i].shape):
         ends = []
@@ -38,7 +41,7 @@ def numeric_gradient(function, arrays, i, step=1e-6):
 
 
 def weighted(y):
-    """y with another weight for each of its numbers: a plain sum has the gradient 1 everywhere."""
+    """y with another weight for each element: the gradient of a plain sum is 1 everywhere."""
     return y * np.cos(np.arange(y.size)).reshape(y.shape)
 
 
@@ -58,7 +61,7 @@ CASES = {
     "subtract": (np.subtract, rand(2, 3), rand(3)),
     "negative": (np.negative, rand(3)),
     "multiply, broadcast twice": (np.multiply, rand(4, 1, 3), rand(2, 1)),
-    "multiply by a number": (np.multiply, rand(), rand(2, 3)),
+    "multiply by a scalar": (np.multiply, rand(), rand(2, 3)),
     "divide": (np.divide, rand(2, 3), rand(1, 3)),
     "power": (np.power, rand(2, 3), rand(3)),
     "square": (lambda x: x**2, rand(2, 3)),
@@ -86,7 +89,7 @@ CASES = {
     "slice and integer": (lambda x: x[:, 1], rand(2, 4, 3)),
     "newest position": (lambda x: x[..., -1:, :], rand(2, 4, 3)),
     "rows by ids": (lambda x: x[IDS], rand(3, 4)),
-    "numbers by ids": (lambda x: x[IDS], rand(3)),
+    "elements by ids": (lambda x: x[IDS], rand(3)),
     "ids from the end": (lambda x: x[IDS - 3], rand(3, 4)),
     "a list of ids": (lambda x: x[[1, 1, 0]], rand(3, 4)),
     "ids of the second axis": (lambda x: x[:, IDS], rand(2, 3)),
@@ -95,14 +98,14 @@ CASES = {
     "split": (lambda x: np.multiply(*np.split(x, 2, axis=-1)), rand(3, 4)),
     "split, first axis": (lambda x: np.multiply(*np.split(x, 2)), rand(4, 3)),
     "used twice": (lambda x: x * x + x, rand(3)),
-    "used as it is and broadcast": (lambda x, y: x + y * x, rand(3), rand(2, 3)),
+    "used unchanged and broadcast": (lambda x, y: x + y * x, rand(3), rand(2, 3)),
     "operators": (lambda x: 1 - (2 / x) * 3 + x / 2 - x - 1 + -x, rand(3)),
     "in place": (in_place, rand(3)),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_are_the_finite_differences(case):
+def test_gradients_are_the_finite_differences_and_float32_stays_float32(case):
     function, *arrays = CASES[case]
     tensors = [Tensor(a.copy()) for a in arrays]
     y = function(*tensors)
@@ -111,6 +114,10 @@ def test_gradients_are_the_finite_differences(case):
     for i, tensor in enumerate(tensors):
         assert tensor.grad.shape == tensor.shape
         np.testing.assert_allclose(tensor.grad, numeric_gradient(function, arrays, i), rtol=1e-6, atol=1e-8)
+    tensors = [Tensor(a.astype(np.float32)) for a in arrays]
+    y = function(*tensors)
+    np.mean(y).backward()
+    assert {y.dtype, *(t.grad.dtype for t in tensors)} == {np.dtype(np.float32)}
 
 
 def test_every_operation_is_among_the_cases(monkeypatch):
@@ -128,22 +135,13 @@ def test_every_operation_is_among_the_cases(monkeypatch):
     assert used == OPERATIONS.keys()
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_float32_stays_float32(case):
-    function, *arrays = CASES[case]
-    tensors = [Tensor(a.astype(np.float32)) for a in arrays]
-    y = function(*tensors)
-    np.mean(y).backward()
-    assert {y.dtype, *(t.grad.dtype for t in tensors)} == {np.dtype(np.float32)}
-
-
 def test_constants_are_not_differentiated():
     a, x = rand(2, 3), Tensor(rand(2, 3))
     for y in (a + x, a - x, a * x, a / x, 2.0**x, np.swapaxes(a, 0, 1) @ x):
         assert [parent is x for parent in y.parents] == [True]
 
 
-def test_corners():
+def test_corner_cases():
     x = Tensor(np.array([0.0, 2.0]))
     np.sum(x**0 + x**1 + x**2).backward()
     np.testing.assert_array_equal(x.grad, [1, 5])
@@ -151,51 +149,38 @@ def test_corners():
     (np.sum(x[None]) * x).backward()
     assert x.grad == 6
     x = Tensor(np.ones((300, 2), np.float32))
-    np.sum(x[np.array([7, 7], np.uint8)] * np.ones((2, 2))).backward()  # float64 met it
+    np.sum(x[np.array([7, 7], np.uint8)] * np.ones((2, 2))).backward()  # multiplied by float64
     assert x.grad.dtype == np.float32 and x.grad[7].tolist() == [2, 2] and np.sum(x.grad) == 4
-
-
-def test_equal_maxima_share_the_gradient():
     x = Tensor(np.array([1.0, 3, 3, 2]))
     np.max(x).backward()
-    np.testing.assert_array_equal(x.grad, [0, 0.5, 0.5, 0])
+    np.testing.assert_array_equal(x.grad, [0, 0.5, 0.5, 0])  # equal maxima share the gradient
 
 
 def test_a_long_chain_needs_no_recursion():
-    x = Tensor(np.ones(1))
-    y = x
-    for _ in range(20_000):
+    x = y = Tensor(np.ones(1))
+    for _ in range(2000):
         y = y + x
     y.backward()
-    assert x.grad == 20_001
+    assert x.grad == 2001
 
 
-def test_two_results_add_up_in_grad():
+def test_gradients_add_up_and_share_no_memory():
     x = Tensor(rand(3))
     np.sum(x).backward()
-    np.sum(x * 2).backward()
+    np.sum(x * 2).backward()  # a second result
     np.testing.assert_allclose(x.grad, [3, 3, 3])
-
-
-def test_no_gradient_is_the_array_of_another():
     a, b = Tensor(rand(3)), Tensor(rand(3))
     y = a + b
     np.sum(y + y).backward()
     a.grad *= 0
     np.testing.assert_array_equal(b.grad, [2, 2, 2])
-
-
-def test_gradients_that_meet_do_not_write_into_each_other():
-    """dy of an addition goes to both sides; the side that gets more later must not change the other's."""
     a, b = Tensor(rand(3)), Tensor(rand(3))
     left, right = a * 1, b * 1
-    both = left + right
-    np.sum(both * 3 + left * 5).backward()
-    np.testing.assert_allclose(a.grad, [8, 8, 8])
-    np.testing.assert_allclose(b.grad, [3, 3, 3])
+    np.sum((left + right) * 3 + left * 5).backward()  # left gets more after both got the same array
+    np.testing.assert_allclose([a.grad, b.grad], [[8, 8, 8], [3, 3, 3]])
 
 
-def test_what_was_recorded_is_dropped_on_the_way_back():
+def test_recorded_operations_are_freed_by_backward():
     x = Tensor(rand(3))
     middle = np.exp(x)
     kept = weakref.ref(middle.data)
@@ -205,12 +190,12 @@ def test_what_was_recorded_is_dropped_on_the_way_back():
     y.backward()
     gc.collect()
     assert kept() is None
-    with pytest.raises(ValueError, match="walked through this before"):
+    with pytest.raises(ValueError, match="already run"):
         y.backward()
 
 
 def test_memory_is_freed_while_backward_runs():
-    """When the gradient arrives at the first operation, the arrays of the last are gone."""
+    """When the gradient arrives at the first operation, the arrays of the last are freed."""
     x, alive = Tensor(rand(3)), []
     y = fuse(lambda x: x * 1, lambda dy, y, x: [alive.append(last()) or dy])(x)
     y = np.tanh(y)
@@ -242,56 +227,53 @@ def test_memory_is_freed_while_backward_runs():
         (lambda x: np.zeros(3).__iadd__(x), "np.add with out"),
     ],
 )
-def test_what_has_no_derivative_says_its_name(call, name):
+def test_functions_without_a_derivative_are_named(call, name):
     with pytest.raises(NotImplementedError, match=f"^{name} .*autograd.py"):
         call(Tensor(rand(3)))
 
 
-def test_a_tensor_does_not_become_an_array_unasked():
+def test_a_tensor_is_not_converted_to_an_array():
     for call in (np.asarray, np.array, np.float64, lambda x: np.zeros(3).__setitem__(slice(None), x)):
         with pytest.raises(TypeError, match=r"take its \.data"):
             call(Tensor(rand(3)))
 
 
-def test_backward_starts_from_one_number():
-    with pytest.raises(ValueError, match=r"shape \(3,\)"):
+def test_impossible_calls_are_refused():
+    with pytest.raises(ValueError, match=r"a scalar, not a Tensor of shape \(3,\)"):
         np.exp(Tensor(rand(3))).backward()
-
-
-def test_an_uneven_split_is_refused():
-    with pytest.raises(ValueError, match="no 2 equal parts"):
+    with pytest.raises(ValueError, match="cannot be split into 2 equal parts"):
         np.split(Tensor(rand(3)), 2)
 
 
-@pytest.mark.parametrize("seed", range(30))
+BINARY = [  # in NumPy and in PyTorch
+    (lambda a, b: a + b,) * 2,
+    (lambda a, b: a * b,) * 2,
+    (lambda a, b: a - b,) * 2,
+    (lambda a, b: a / (b * b + 1.0),) * 2,
+    (lambda a, b: np.tanh(a) * b, lambda a, b: torch.tanh(a) * b),
+    (lambda a, b: np.exp(np.tanh(a)) - b, lambda a, b: torch.exp(torch.tanh(a)) - b),
+    (lambda a, b: np.mean(a) * b, lambda a, b: a.mean() * b),
+    (lambda a, b: np.sum(a, axis=None) * 0.1 + b, lambda a, b: a.sum() * 0.1 + b),
+]
+
+
+@pytest.mark.parametrize("seed", range(20))
 def test_random_expressions_have_pytorchs_gradients(seed):
-    """Ten random operations in a row, broadcasting, on whatever was made before."""
+    """Ten random operations, with broadcasting, each on random results of those before."""
     rng = np.random.default_rng(seed)
-    shapes = [(2, 3), (3,), (1, 3), (2, 1), (), (4, 2, 3)]
-    values = [rng.uniform(0.5, 1.5, shape) for shape in shapes]
+    values = [rng.uniform(0.5, 1.5, shape) for shape in [(2, 3), (3,), (1, 3), (2, 1), (), (4, 2, 3)]]
     ours, theirs = [Tensor(v) for v in values], [torch.tensor(v, requires_grad=True) for v in values]
     leaves = list(zip(ours, theirs, strict=True))
-    both = [
-        (lambda a, b: a + b,) * 2,
-        (lambda a, b: a * b,) * 2,
-        (lambda a, b: a - b,) * 2,
-        (lambda a, b: a / (b * b + 1.0),) * 2,
-        (lambda a, b: np.tanh(a) * b, lambda a, b: torch.tanh(a) * b),
-        (lambda a, b: np.exp(np.tanh(a)) - b, lambda a, b: torch.exp(torch.tanh(a)) - b),
-        (lambda a, b: np.mean(a) * b, lambda a, b: a.mean() * b),
-        (lambda a, b: np.sum(a, axis=None) * 0.1 + b, lambda a, b: a.sum() * 0.1 + b),
-    ]
     for _ in range(10):
-        our_f, their_f = both[rng.integers(len(both))]
+        our_f, their_f = BINARY[rng.integers(len(BINARY))]
         i, j = rng.integers(len(ours), size=2)
         ours.append(our_f(ours[i], ours[j]))
         theirs.append(their_f(theirs[i], theirs[j]))
     np.mean(ours[-1] + ours[-2] * ours[-3]).backward()
     (theirs[-1] + theirs[-2] * theirs[-3]).mean().backward()
     for mine, other in leaves:
-        if other.grad is None:
-            assert mine.grad is None
-        else:
+        assert (mine.grad is None) == (other.grad is None)
+        if other.grad is not None:
             np.testing.assert_allclose(mine.grad, other.grad.numpy(), rtol=1e-8, atol=1e-10)
 
 
@@ -300,72 +282,73 @@ def test_random_expressions_have_pytorchs_gradients(seed):
 
 @pytest.mark.parametrize("model", [gpt2, fused.training_model()], ids=["gpt2", "fused"])
 def test_gradients_of_every_parameter_are_pytorchs_and_the_finite_differences(model):
-    """4 layers, batch 4 x 64: 1e-4 in float32 against PyTorch, 1e-6 in float64 against central differences."""
-    rows = list(gradients.table(model=model))
-    assert len(rows) == 4 + 12 * gradients.HPARAMS["n_layer"]
+    """Within 1e-4 of PyTorch's in float32, and within 1e-6 of central differences in float64."""
+    rows = list(gradients.table(HPARAMS, model, (2, 20)))
+    assert len(rows) == 4 + 12 * HPARAMS["n_layer"]
     for name, _, to_pytorch, to_differences in rows:
         assert to_pytorch < 1e-4, name
         assert to_differences < 1e-6, name
 
 
-def test_the_60_lines_are_differentiable_as_they_stand():
-    """gpt2_pico.gpt2 takes one sequence; its gradients are those of gpt2.gpt2."""
-    hparams = gradients.HPARAMS
-    tensors, (inputs, targets) = random_tensors(hparams), gradients.batch(shape=(20,))
-    found = [loss_and_gradients(tensors, hparams, inputs, targets, model) for model in (gpt2, gpt2_pico)]
-    _, theirs = gradients.torch_gradients(hparams, tensors, inputs[None], targets[None])
+def test_pico_is_differentiable_unchanged():
+    """gpt2_pico.gpt2 takes one sequence; its gradients are PyTorch's."""
+    tensors, (inputs, targets) = random_tensors(HPARAMS), gradients.batch(shape=(20,))
+    loss, found = loss_and_gradients(tensors, HPARAMS, inputs, targets, gpt2_pico)
+    expected_loss, theirs = gradients.torch_gradients(HPARAMS, tensors, inputs[None], targets[None])
     for name in tensors:
-        assert gradients.relative_error(found[1][1][name], theirs[name]) < 1e-4, name
-    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-6)
+        assert gradients.relative_error(found[name], theirs[name]) < 1e-4, name
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
 
 
-def test_the_same_functions_run_on_arrays_and_on_tensors():
-    """The logits of Tensors are, bit for bit, those of the arrays in them."""
-    hparams = gradients.HPARAMS
-    arrays, ids = random_tensors(hparams), gradients.batch()[0]
+def test_logits_of_tensors_are_those_of_their_arrays_bit_for_bit():
+    arrays, ids = random_tensors(HPARAMS), gradients.batch()[0]
     tensors = {name: Tensor(array) for name, array in arrays.items()}
     plain, recorded = (
-        gpt2.gpt2(ids, **nest(a, hparams["n_layer"]), n_head=hparams["n_head"]) for a in (arrays, tensors)
+        gpt2.gpt2(ids, **nest(a, HPARAMS["n_layer"]), n_head=HPARAMS["n_head"]) for a in (arrays, tensors)
     )
     assert isinstance(recorded, Tensor) and isinstance(plain, np.ndarray)
     np.testing.assert_array_equal(recorded.data, plain)
 
 
-def test_gradients_of_gpt2_are_float32():
-    tensors, (inputs, targets) = random_tensors(gradients.HPARAMS), gradients.batch()
-    for model in (gpt2, fused.training_model(0.1)):
-        _, found = loss_and_gradients(tensors, gradients.HPARAMS, inputs, targets, model)
+def test_losses_are_pytorchs_and_gradients_float32():
+    tensors, (inputs, targets) = random_tensors(HPARAMS), gradients.batch(shape=(3, 20))
+    params, n_head = nest(tensors, HPARAMS["n_layer"]), HPARAMS["n_head"]
+    expected = gradients.torch_loss(gradients.torch_model(HPARAMS, tensors)[0], inputs, targets).item()
+    for model in (gpt2, fused.training_model()):
+        loss, found = loss_and_gradients(tensors, HPARAMS, inputs, targets, model)
         assert {gradient.dtype for gradient in found.values()} == {np.dtype(np.float32)}
+        np.testing.assert_allclose([loss, lm_loss(params, inputs, targets, n_head, model)], expected, rtol=1e-5)
+    batches = [(inputs[:1], targets[:1]), (inputs[1:], targets[1:])]  # of different sizes
+    found = estimate_loss(lambda inputs: gpt2.gpt2(inputs, **params, n_head=n_head), batches)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 # The fused functions, one by one
 
 
-@pytest.mark.parametrize("shape", [(5,), (500,), (3, 7), (2, 3, 4, 5), (400, 300)])
+@pytest.mark.parametrize("shape", [(500,), (2, 3, 4, 5), (400, 300)])
 def test_fused_functions_are_gpt2s_forward_and_pytorchs_backward(shape):
     model, rng = fused.training_model(), np.random.default_rng(0)
     x, dy = rng.standard_normal((2, *shape), dtype=np.float32)
     g, b = rng.standard_normal((2, shape[-1]), dtype=np.float32)
-    t, tg, tb = (torch.tensor(a, requires_grad=True) for a in (x, g, b))
-    norm = torch.nn.functional.layer_norm
-    pairs = [
-        (model.gelu, gpt2.gelu, torch.nn.functional.gelu(t, approximate="tanh")),
-        (model.softmax, gpt2.softmax, torch.softmax(t, -1)),
-        (lambda x: model.layer_norm(x, b=tensors[1], g=tensors[0]), None, norm(t, shape[-1:], tg, tb)),
+    functional, leaves = torch.nn.functional, [torch.tensor(a, requires_grad=True) for a in (x, g, b)]
+    cases = [
+        ("gelu", [x], functional.gelu(leaves[0], approximate="tanh")),
+        ("softmax", [x], torch.softmax(leaves[0], -1)),
+        ("layer_norm", [x, g, b], functional.layer_norm(leaves[0], shape[-1:], *leaves[1:])),
     ]
-    for ours, forward, theirs in pairs:
-        leaf, tensors = Tensor(x), [Tensor(g), Tensor(b)]
-        y = ours(leaf)
-        np.testing.assert_array_equal(y.data, forward(x) if forward else gpt2.layer_norm(x, g, b))
+    for name, arrays, theirs in cases:
+        tensors = list(map(Tensor, arrays))
+        y = getattr(model, name)(*tensors)
+        np.testing.assert_array_equal(y.data, getattr(gpt2, name)(*arrays))
         np.sum(y * dy).backward()
-        t.grad = tg.grad = tb.grad = None
+        leaves[0].grad = None
         (theirs * torch.from_numpy(dy)).sum().backward()
-        np.testing.assert_allclose(leaf.grad, t.grad.numpy(), rtol=1e-3, atol=2e-5)
-    for tensor, other in zip(tensors, (tg, tb), strict=True):
-        np.testing.assert_allclose(tensor.grad, other.grad.numpy(), rtol=1e-3, atol=1e-4)
+        for tensor, leaf, atol in zip(tensors, leaves, (2e-5, 1e-4, 1e-4), strict=False):
+            np.testing.assert_allclose(tensor.grad, leaf.grad.numpy(), rtol=1e-3, atol=atol)
 
 
-@pytest.mark.parametrize("shape", [(7,), (2, 3), (4, 5, 3)])
+@pytest.mark.parametrize("shape", [(7,), (4, 5, 3)])
 def test_cross_entropy_is_pytorchs(shape):
     rng = np.random.default_rng(0)
     logits, targets = 5 * rng.standard_normal((*shape, 11), dtype=np.float32), rng.integers(0, 11, shape)
@@ -374,8 +357,7 @@ def test_cross_entropy_is_pytorchs(shape):
     expected = torch.nn.functional.cross_entropy(theirs.reshape(-1, 11), torch.from_numpy(targets).reshape(-1))
     loss.backward()
     expected.backward()
-    np.testing.assert_allclose(loss.data, expected.item(), rtol=1e-6)
-    np.testing.assert_allclose(fused.cross_entropy(logits, targets), expected.item(), rtol=1e-6)
+    np.testing.assert_allclose([loss.data, fused.cross_entropy(logits, targets)], expected.item(), rtol=1e-6)
     np.testing.assert_allclose(ours.grad, theirs.grad.numpy(), rtol=1e-4, atol=1e-8)
 
 
@@ -384,67 +366,43 @@ def test_cross_entropy_of_extreme_logits_is_finite():
     np.testing.assert_allclose(fused.token_losses(logits, np.array([0, 1])), [0, 1e4])
 
 
-def test_lm_loss_of_arrays_and_tensors_is_the_same():
-    hparams = gradients.HPARAMS
-    tensors, (inputs, targets) = random_tensors(hparams), gradients.batch()
-    params = nest(tensors, hparams["n_layer"])
-    model, _ = gradients.torch_model(hparams, tensors)
-    expected = gradients.torch_loss(model, inputs, targets).item()
-    for chosen in (gpt2, fused.training_model()):
-        np.testing.assert_allclose(lm_loss(params, inputs, targets, hparams["n_head"], chosen), expected, rtol=1e-5)
-
-
 # Dropout
 
 
-def dropped(p, *seed, shape=(200, 300)):
+def apply_dropout(p, *seed, x):
     drop = fused.Dropout(p)
     drop.seed(*seed)
-    return drop.after(lambda x: x)(np.ones(shape, np.float32))
+    return drop.after(lambda x: x)(x)
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5])
-def test_dropout_drops_its_share_and_keeps_the_mean(p):
-    y = dropped(p, 1)
-    assert abs(np.mean(y == 0) - p) < 0.01
-    np.testing.assert_allclose(y[y != 0], 1 / (1 - p), rtol=1e-4)
-    assert y.dtype == np.float32
+def test_dropout_zeroes_a_fraction_and_keeps_the_mean():
+    for p in (0.1, 0.5):
+        y = apply_dropout(p, 1, x=np.ones((200, 300), np.float32))
+        assert abs(np.mean(y == 0) - p) < 0.01 and y.dtype == np.float32
+        np.testing.assert_allclose(y[y != 0], 1 / (1 - p), rtol=1e-4)
 
 
-def test_dropout_follows_from_its_seed():
-    np.testing.assert_array_equal(dropped(0.1, 1, 2), dropped(0.1, 1, 2))
-    differing = [dropped(0.5, *seed) for seed in ((1, 2), (1, 3), (2, 2), (1, 2, 1))]
+def test_dropout_depends_on_its_seed_alone_and_so_does_its_gradient():
+    x = np.ones((20, 30), np.float32)
+    leaf = Tensor(x)
+    np.sum(apply_dropout(0.5, 1, 2, x=leaf)).backward()
+    np.testing.assert_array_equal(leaf.grad, apply_dropout(0.5, 1, 2, x=x))
+    differing = [apply_dropout(0.5, *seed, x=x) for seed in ((1, 2), (1, 3), (2, 2), (1, 2, 1))]
     assert all(np.any(a != b) for a, b in itertools.combinations(differing, 2))
 
 
-def test_the_gradient_goes_where_the_value_went():
-    drop, x = fused.Dropout(0.5), Tensor(np.ones((20, 30), np.float32))
-    y = drop.after(lambda x: x)(x)
-    np.sum(y).backward()
-    np.testing.assert_array_equal(x.grad, y.data)
-
-
 def test_dropout_is_where_the_paper_has_it():
-    """Dropping nearly everything after embed, softmax, mha and ffn leaves nothing of the residual stream."""
-    hparams = gradients.HPARAMS
-    params, ids = nest(random_tensors(hparams), hparams["n_layer"]), gradients.batch()[0]
-    model, seen = fused.training_model(0.5), []
-    for name in ("embed", "softmax", "mha", "ffn"):
-        function = getattr(model, name)
-
-        def watched(*args, name=name, function=function, **kwargs):
-            y = function(*args, **kwargs)
-            seen.append((name, np.mean(y == 0)))
-            return y
-
-        setattr(model, name, watched)
-    model.gpt2(ids, **params, n_head=hparams["n_head"])
-    assert [name for name, _ in seen] == ["embed", *["softmax", "mha", "ffn"] * hparams["n_layer"]]
-    for name, zeros in seen:
-        assert abs(zeros - (0.75 if name == "softmax" else 0.5)) < 0.05, name  # half of the weights are masked anyway
-
-
-def test_gpt2_itself_is_left_alone():
-    before = {name: getattr(gpt2, name) for name in ("gelu", "softmax", "layer_norm", "embed", "mha", "ffn")}
-    fused.training_model(0.5)
+    """After embed, softmax, mha and ffn of the training model; gpt2 itself is unchanged."""
+    params, ids = nest(random_tensors(HPARAMS), HPARAMS["n_layer"]), gradients.batch()[0]
+    names, results = ("gelu", "softmax", "layer_norm", "embed", "mha", "ffn"), {}
+    before = {name: getattr(gpt2, name) for name in names}
+    model = fused.training_model(0.5)
+    for name in names:
+        results[name] = []
+        setattr(model, name, recording(getattr(model, name), results[name]))
+    model.gpt2(ids, **params, n_head=HPARAMS["n_head"])
+    for name, fraction in zip(names, (0, 0.75, 0, 0.5, 0.5, 0.5), strict=True):  # half of the weights are masked anyway
+        assert results[name]
+        for y in results[name]:
+            assert abs(np.mean(y == 0) - fraction) < 0.05, name
     assert all(getattr(gpt2, name) is function for name, function in before.items())

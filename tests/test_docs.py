@@ -1,10 +1,11 @@
-"""docs/: its examples give what they say, its commands print what it shows, the code it quotes is the code.
+"""What documents show is true: examples, commands and their output, quoted code, file names, links.
 
 Numbers with a decimal point, and percentages, may differ by two units of the last digit shown: another processor, or
 another version of NumPy, rounds differently.
 """
 
 import doctest
+import importlib
 import os
 import re
 import shlex
@@ -15,56 +16,33 @@ import sys
 import pytest
 
 from tests.conftest import DATA, ROOT
+from tests.test_layout import FOLDERS
 
-READING = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
-BACKWARD = (ROOT / "docs" / "backward.md").read_text(encoding="utf-8")
-TEXTS = ("names.txt", "tinyshakespeare.txt")  # what commands read, from the tests' data
+DOCUMENTS = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("official/*.md"), *ROOT.glob("models/*/*.md")]
+}
+READING, BACKWARD = DOCUMENTS["docs/reading.md"], DOCUMENTS["docs/backward.md"]
+TEXTS = ("names.txt", "tinyshakespeare.txt")  # the data that commands read, copied from the tests' data
+OPENAI_FILES = ("model.py", "sample.py", "src/interactive_conditional_samples.py")
+PARSERS = {  # by program, the module whose make_parser() returns its parser
+    "gpt2.py": "cli.generate",
+    "train.py": "cli.train",
+    "evaluate.py": "cli.evaluate",
+    "baby_gpt.py": "cli.baby_gpt",
+    "official/compare.py": "cli.compare",
+}
 
 
 def blocks(text, language):
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-class NearlyEqual(doctest.OutputChecker):
-    def check_output(self, shown, found, flags):
-        return matches(found, shown)
-
-
-def test_the_examples_of_reading_are_true(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    runner = doctest.DocTestRunner(NearlyEqual())
-    runner.run(doctest.DocTestParser().get_doctest(READING, {}, "reading.md", None, 0))
-    assert runner.failures == 0
-    assert runner.tries > 20
-
-
-def commands():
-    """Pairs of a command line and the output that is shown below it, "..." for what is left out."""
-    for block in blocks(READING, "console"):
-        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
-            command, _, shown = part.partition("\n")
-            yield pytest.param(command, shown, id=command)
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
-    """A copy of the repository with the data in place: commands may write there."""
-    path = tmp_path_factory.mktemp("checkout")
-    for source in ROOT.glob("*.py"):
-        shutil.copy(source, path)
-    shutil.copytree(ROOT / "models" / "shakespeare", path / "models" / "shakespeare")
-    (path / "data").mkdir()
-    for name in TEXTS:
-        if (DATA / name).exists():
-            shutil.copy(DATA / name, path / "data")
-    return path
-
-
 ROUNDED = re.compile(r"-?\d+\.\d*(?:e[+-]?\d+)?%?|\d+%")
 
 
 def matches(found, shown):
-    """Whether a text is what is shown, up to the last digits; "..." is anything in a line, and alone any lines."""
+    """Whether a text equals the one shown up to last digits; "..." is anything in a line, alone any number of lines."""
     pattern = "(-?[0-9.e+-]+%?)".join(map(re.escape, ROUNDED.split(shown)))
     pattern = pattern.replace(re.escape("...\n"), "(?:.*\n)*?").replace(re.escape("..."), ".*")
     same = re.fullmatch(pattern, found)
@@ -72,31 +50,10 @@ def matches(found, shown):
 
 
 def nearly_equal(found, shown):
-    """Whether a number is the one shown, give or take two units of the last digit shown."""
+    """Whether a number differs from the one shown by at most two units of the last digit shown."""
     digits, _, exponent = shown.rstrip("%").partition("e")
     unit = 10.0 ** (int(exponent or 0) - len(digits.partition(".")[2]))
     return abs(float(found.rstrip("%")) - float(shown.rstrip("%"))) <= 2.001 * unit
-
-
-@pytest.mark.parametrize(("command", "shown"), list(commands()))
-def test_a_command_of_reading_prints_what_it_shows(checkout, command, shown):
-    for name in TEXTS:
-        if name.removesuffix(".txt") in needed(command) and not (checkout / "data" / name).exists():
-            pytest.skip(f"{name} is not here")
-    words = [sys.executable if word == "python" else word for word in shlex.split(command)]
-    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}  # else lines are longer
-    done = subprocess.run(
-        words, check=False, cwd=checkout, env=environment, capture_output=True, encoding="utf-8", timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert matches(done.stdout, shown), done.stdout
-
-
-def needed(command):
-    """The data a command reads when nothing else is said."""
-    if "microgpt.py" in command:
-        return ["names"]
-    return ["tinyshakespeare"] if "baby_gpt.py" in command and "--markov" not in command else []
 
 
 @pytest.mark.parametrize(
@@ -115,14 +72,100 @@ def needed(command):
         ("12 ids\n", "13 ids\n", False),
     ],
 )
-def test_only_what_is_left_out_and_last_digits_may_differ(found, shown, same):
+def test_only_last_digits_and_omitted_text_may_differ(found, shown, same):
     assert matches(found, shown) == same
 
 
-def test_the_code_that_backward_quotes_is_there():
-    sources = [(ROOT / name).read_text(encoding="utf-8") for name in ("fused.py", "autograd.py")]
+class NearlyEqual(doctest.OutputChecker):
+    def check_output(self, shown, found, flags):
+        return matches(found, shown)
+
+
+def test_the_examples_of_reading_are_true(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    runner = doctest.DocTestRunner(NearlyEqual())
+    runner.run(doctest.DocTestParser().get_doctest(READING, {}, "reading.md", None, 0))
+    assert runner.failures == 0
+    assert runner.tries > 20
+
+
+def commands():
+    """Pairs of a command line and the output shown below it, "..." for omitted text."""
+    for block in blocks(READING, "console"):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, shown = part.partition("\n")
+            yield pytest.param(command, shown, id=command)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the programs, the bundled model and the data, in which commands may write."""
+    path = tmp_path_factory.mktemp("checkout")
+    for source in ROOT.glob("*.py"):
+        shutil.copy(source, path)
+    for folder in (*FOLDERS, "models/shakespeare"):
+        shutil.copytree(ROOT / folder, path / folder)
+    (path / "data").mkdir()
+    for name in TEXTS:
+        if (DATA / name).exists():
+            shutil.copy(DATA / name, path / "data")
+    return path
+
+
+@pytest.mark.parametrize(("command", "shown"), list(commands()))
+def test_a_command_of_reading_prints_what_it_shows(checkout, command, shown):
+    if (name := default_data(command)) and not (checkout / "data" / name).exists():
+        pytest.skip(f"{name} is not here")
+    words = [sys.executable if word == "python" else word for word in shlex.split(command)]
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}  # else lines are longer
+    done = subprocess.run(
+        words, check=False, cwd=checkout, env=environment, capture_output=True, encoding="utf-8", timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert matches(done.stdout, shown), done.stdout
+
+
+def default_data(command):
+    """The file that a command reads if it names none."""
+    if "microgpt.py" in command:
+        return "names.txt"
+    return "tinyshakespeare.txt" if "baby_gpt.py" in command and "--markov" not in command else None
+
+
+def test_the_code_that_backward_quotes_is_in_the_source():
+    sources = [(ROOT / "training" / name).read_text(encoding="utf-8") for name in ("fused.py", "autograd.py")]
     quotes = blocks(BACKWARD, "python")
     assert len(quotes) > 5
     for quote in quotes:
         for line in filter(str.strip, quote.splitlines()):
             assert any(f"\n{line}\n" in source for source in sources), line
+
+
+def test_the_readme_has_at_most_10_kilobytes():
+    assert len(DOCUMENTS["README.md"].encode("utf-8")) <= 10_000
+
+
+def anchors(text):
+    """GitHub's anchors of the headings of a document."""
+    headings = re.findall(r"^#+ (.*)", text, flags=re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_and_file_names_exist(document):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", DOCUMENTS[document]):
+        path = (ROOT / document).parent.joinpath(target).resolve() if target else ROOT / document
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), f"{target}#{anchor}"
+    paths = [f"/{path.relative_to(ROOT)}" for pattern in ("*.*", "*/*.*") for path in ROOT.glob(pattern)]
+    for name in re.findall(r"(?<![\w/.:-])\w[\w/]*\.(?:py|md)\b", DOCUMENTS[document]):
+        assert name in OPENAI_FILES or any(path.endswith(f"/{name}") for path in paths), name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_have_options_that_exist(document):
+    for line in DOCUMENTS[document].splitlines():
+        for program, rest in re.findall(r"python (\S+\.py)\b([^`|<>]*?)(?=  |[`|<>]|$)", line):
+            words = shlex.split(rest, comments=True)
+            if program in PARSERS and "--help" not in words:
+                importlib.import_module(PARSERS[program]).make_parser().parse_args(words)

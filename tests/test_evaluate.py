@@ -1,4 +1,4 @@
-"""evaluate.py: every token is scored once, with the context it is said to have; figures against PyTorch's."""
+"""evaluate.py: every token is scored once, with the context it should have; losses against PyTorch's."""
 
 import math
 import re
@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import evaluate
 import gpt2
-from cli import generate as cli
+from cli import evaluate as evaluate_cli
+from cli import generate
 from tests import gradients
 from tests.conftest import ROOT, need
 from tests.random_model import DATA, random_tensors
@@ -23,79 +24,70 @@ from weights.names import nest
 from weights.safetensors_file import save_params
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom and of foolishness.\n" * 3
+TEXT_BYTES = TEXT.encode("utf-8")
 SHAKESPEARE = ROOT / "models" / "shakespeare"
-CASES = [(2, 64, 64), (50, 64, 32), (64, 64, 1), (65, 64, 64), (200, 64, 64), (150, 40, 7), (90, 8, 1)]
+HPARAMS = gradients.HPARAMS | {"n_layer": 2}
+TENSORS = random_tensors(HPARAMS)
+
+
+def total_loss(ids, *options):
+    return evaluate.total_loss(ids, nest(TENSORS, HPARAMS["n_layer"]), HPARAMS["n_head"], *options)
 
 
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 40))
 def test_every_token_is_scored_once_with_enough_before_it(n_inputs, context, stride):
     context, stride = min(context, n_inputs), min(stride, context, n_inputs)
     seen = []
-    for start, scored in evaluate.windows(n_inputs, context, stride):
-        assert start >= 0 and start + context <= n_inputs and 0 <= scored < context
-        assert start == 0 or scored >= context - stride
-        seen += range(start + scored, start + context)
+    for start, n_scored in evaluate.sliding_windows(n_inputs, context, stride):
+        assert start >= 0 and start + context <= n_inputs and 0 <= n_scored < context
+        assert start == 0 or n_scored >= context - stride
+        seen += range(start + n_scored, start + context)
     assert seen == list(range(n_inputs))
 
 
-def naive_loss(tensors, ids, context, stride):
-    """Hugging Face's recipe, window by window, one at a time, in PyTorch."""
-    model, _ = gradients.torch_model(gradients.HPARAMS, tensors)
+def torch_total_loss(ids, context, stride):
+    """Hugging Face's recipe in PyTorch, one window at a time."""
+    model, _ = gradients.torch_model(HPARAMS, TENSORS)
     total, done = 0.0, 0
     with torch.no_grad():
         while done < len(ids) - 1:
-            end = context if done == 0 else done + stride
-            end = min(end, len(ids) - 1)
+            end = min(context if done == 0 else done + stride, len(ids) - 1)
             start = max(0, end - context)
-            losses = torch.nn.functional.cross_entropy(
-                model(torch.tensor([ids[start:end]])).logits[0],
-                torch.tensor(ids[start + 1 : end + 1]),
-                reduction="none",
-            )
+            logits, targets = model(torch.tensor([ids[start:end]])).logits[0], torch.tensor(ids[start + 1 : end + 1])
+            losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
             total, done = total + losses[done - start :].double().sum().item(), end
     return total
 
 
-@pytest.mark.parametrize(("n", "context", "stride"), CASES)
-@pytest.mark.parametrize("threads", [1, 2])
-def test_total_loss_is_pytorchs(n, context, stride, threads):
-    tensors = random_tensors(gradients.HPARAMS)
-    ids = np.random.default_rng(n).integers(0, gradients.HPARAMS["n_vocab"], n).tolist()
-    params = nest(tensors, gradients.HPARAMS["n_layer"])
-    found = evaluate.total_loss(ids, params, gradients.HPARAMS["n_head"], context, stride, threads)
-    np.testing.assert_allclose(found, naive_loss(tensors, ids, context, stride), rtol=1e-5)
-
-
-def test_batches_of_windows_are_windows_one_by_one(monkeypatch):
-    tensors, ids = random_tensors(gradients.HPARAMS), list(range(300))
-    params = nest(tensors, gradients.HPARAMS["n_layer"])
-    losses = []
-    for at_once in (1, 2**12, 2**25):
-        monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", at_once)
-        losses.append(evaluate.total_loss(ids, params, gradients.HPARAMS["n_head"], 16, 8, threads=2))
-    np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
+@pytest.mark.parametrize(
+    ("n", "context", "stride"), [(2, 64, 64), (50, 64, 32), (64, 64, 1), (65, 64, 64), (150, 40, 7), (90, 8, 1)]
+)
+def test_total_loss_is_pytorchs_whatever_the_threads_and_batches(n, context, stride, monkeypatch):
+    ids = np.random.default_rng(n).integers(0, HPARAMS["n_vocab"], n).tolist()
+    expected = torch_total_loss(ids, context, stride)
+    for threads, logits_per_batch in ((1, evaluate.LOGITS_PER_BATCH), (2, 1), (2, 2**16)):
+        monkeypatch.setattr(evaluate, "LOGITS_PER_BATCH", logits_per_batch)
+        np.testing.assert_allclose(total_loss(ids, context, stride, threads), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("context", "stride"), [(65, 1), (10, 11), (10, 0)])
 def test_windows_that_do_not_fit_are_refused(context, stride):
-    params = nest(random_tensors(gradients.HPARAMS), gradients.HPARAMS["n_layer"])
-    with pytest.raises(ValueError, match="in this order"):
-        evaluate.total_loss(range(100), params, gradients.HPARAMS["n_head"], context, stride)
+    with pytest.raises(ValueError, match=f"stride {stride} <= context {context} <="):
+        total_loss(range(100), context, stride)
 
 
 @pytest.fixture
-def run(tmp_path, tiny_models_dir, capsys):
-    def run(*options, content=None):
-        path = tmp_path / "text.txt"
-        path.write_bytes(TEXT.encode() if content is None else content)
-        code = evaluate.main([str(path), "--model_size", "tiny", "--models_dir", str(tiny_models_dir), *options])
+def run(tmp_path, tiny_flags, capsys):
+    def run(*options, content=TEXT_BYTES, flags=tiny_flags):
+        if content is not None:
+            (tmp_path / "text.txt").write_bytes(content)
+        code = evaluate_cli.run([str(tmp_path / "text.txt"), *flags, *options])
         return code, *capsys.readouterr()
 
     return run
 
 
-def test_what_it_prints(run, tiny):
-    """Loss, perplexity and nats a character, from the conditional probabilities one by one."""
+def test_printed_losses_are_those_of_single_predictions(run, tiny):
     encoder, hparams, params = tiny
     ids = encoder.encode(TEXT)[:100]
     text = encoder.decode(ids)
@@ -108,29 +100,32 @@ def test_what_it_prints(run, tiny):
     code, out, err = run(content=text.encode())
     assert (code, err) == (0, "")
     assert f"100 tokens, {len(text)} characters\ncontext 128, stride 64\n" in out
-    found = [float(re.search(r"\d+\.\d+", line)[0]) for line in out.splitlines()[2:]]
+    pattern = (
+        r"loss +(\S+) nats per token\nperplexity +(\S+) per token\n +(\S+) nats per character\n +(\S+) bits per byte"
+    )
+    found = [float(number) for number in re.search(pattern, out).groups()]
     expected = [loss, math.exp(loss), total / n_chars, total / n_chars / math.log(2)]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_splits(run):
-    def characters(*options):
-        return int(run(*options)[1].partition(" characters")[0].split()[-1])
+    def characters(split):
+        return int(run("--split", split)[1].partition(" characters")[0].split()[-1])
 
-    parts = split_text(TEXT)
-    assert [characters("--split", split) for split in ("all", "train", "val")] == [len(TEXT), *map(len, parts)]
+    assert [characters(split) for split in ("all", "train", "val")] == [len(TEXT), *map(len, split_text(TEXT))]
 
 
 @pytest.mark.parametrize(
     ("options", "content", "words"),
     [
-        (["--context", "129"], None, ["--context 129", "128"]),
-        (["--context", "10", "--stride", "11"], None, ["--stride 11", "--context 10"]),
-        (["--stride", "0"], None, ["--stride"]),
+        (["--context", "129"], b"text", ["--context 129", "128"]),
+        (["--context", "10", "--stride", "11"], b"text", ["--stride 11", "--context 10"]),
+        (["--stride", "0"], b"text", ["--stride"]),
+        (["--split", "test"], b"text", ["--split"]),
         ([], b"", ["empty"]),
         ([], b"a", ["1 tokens", "at least 2"]),
         ([], b"\xff", ["not UTF-8"]),
-        (["--split", "test"], None, ["--split"]),
+        ([], None, ["no data file", "text.txt"]),
     ],
 )
 def test_mistakes(run, options, content, words):
@@ -139,34 +134,27 @@ def test_mistakes(run, options, content, words):
     assert all(word in err for word in words), err
 
 
-def test_weights_that_make_no_sense(tmp_path, tiny_models_dir, tiny, capsys):
+def test_damaged_weights(run, tmp_path, tiny_models_dir, tiny):
     _, hparams, params = tiny
     folder = shutil.copytree(tiny_models_dir / "tiny", tmp_path / "tiny")
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    for scale, code, word in ((np.nan, 2, "not sound"), (1e6, 0, "perplexity  inf")):
+    for scale, expected, word in ((np.nan, 2, "are damaged"), (1e6, 0, "perplexity  inf")):
         save_params(str(folder), params | {"ln_f": {name: x * scale for name, x in params["ln_f"].items()}}, hparams)
-        found = evaluate.main([str(tmp_path / "text.txt"), "--model_size", "tiny", "--models_dir", str(tmp_path)])
-        out, err = capsys.readouterr()
-        assert found == code and word in out + err and "Warning" not in err
-
-
-def test_a_file_that_is_not_there(capsys, tiny_models_dir):
-    assert evaluate.main(["no.txt", "--model_size", "tiny", "--models_dir", str(tiny_models_dir)]) == 2
-    assert "no data file 'no.txt'" in capsys.readouterr().err
+        code, out, err = run(flags=["--model_size", "tiny", "--models_dir", str(tmp_path)])
+        assert code == expected and word in out + err and "Warning" not in err
 
 
 # models/shakespeare
 
 
 def test_the_bundled_model_is_as_good_as_its_card_says():
-    """On the last tenth of tinyshakespeare, which it was not trained on: nats a character, windows side by side."""
+    """On the last tenth of tinyshakespeare, which it was not trained on, in adjacent windows."""
     text = need(DATA / "tinyshakespeare.txt").read_text(encoding="utf-8")
     encoder, hparams, params = load_encoder_hparams_and_params("shakespeare", str(ROOT / "models"))
     ids = encoder.encode(split_text(text)[1])
     total = evaluate.total_loss(ids, params, hparams["n_head"], context=128, stride=128, threads=2)
     found = total / len(encoder.decode(ids[1:]))
     card = (SHAKESPEARE / "README.md").read_text(encoding="utf-8")
-    stated = float(re.search(r"stride 128\n(?:.*\n){2} +(\S+) nats a character", card)[1])
+    stated = float(re.search(r"stride 128\n(?:.*\n){2} +(\S+) nats per character", card)[1])
     np.testing.assert_allclose(found, stated, atol=2e-4)
     assert found < 1.47
 
@@ -174,9 +162,9 @@ def test_the_bundled_model_is_as_good_as_its_card_says():
 def test_the_bundled_model_is_small_and_transformers_load_it():
     from transformers import AutoTokenizer, GPT2LMHeadModel
 
-    bundled = "model.safetensors config.json hparams.json encoder.json vocab.bpe vocab.json merges.txt"
-    names = [*bundled.split(), "README.md", "log.jsonl", "loss.png"]
-    assert sum((SHAKESPEARE / name).stat().st_size for name in names) < 12_000_000
+    files = "README.md config.json hparams.json log.jsonl loss.png merges.txt model.safetensors vocab.json"
+    assert sorted(path.name for path in SHAKESPEARE.iterdir()) == files.split()
+    assert sum(path.stat().st_size for path in SHAKESPEARE.iterdir()) < 12_000_000
     encoder, hparams, params = load_encoder_hparams_and_params("shakespeare", str(ROOT / "models"))
     ids = encoder.encode("ROMEO:\nBut soft, what light")
     assert AutoTokenizer.from_pretrained(SHAKESPEARE).encode("ROMEO:\nBut soft, what light") == ids
@@ -191,13 +179,13 @@ def test_the_sample_shown_is_what_the_program_prints(path, capsys):
     command, rest = re.search(
         r"python gpt2\.py (\"ROMEO:\" .*--seed.*)\n(?:```\n\n```\n)?((?:.|\n)*?)```", shown
     ).groups()
-    assert cli.run([*shlex.split(command), "--models_dir", str(ROOT / "models")]) == 0
+    assert generate.run([*shlex.split(command), "--models_dir", str(ROOT / "models")]) == 0
     assert capsys.readouterr().out == rest
 
 
-def test_the_training_snippet_of_the_readme_runs(monkeypatch, capsys):
+def test_the_snippet_of_docs_training_runs(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    snippet = re.search(r"```python\n(from autograd(?:.|\n)*?)```", (ROOT / "README.md").read_text(encoding="utf-8"))[1]
+    snippet = re.search(r"```python\n((?:.|\n)*?)```", (ROOT / "docs" / "training.md").read_text(encoding="utf-8"))[1]
     exec(snippet, {})
     loss, shape = capsys.readouterr().out.split(" ", 1)
     assert 1 < float(loss) < 5 and shape == "(512, 192)\n"

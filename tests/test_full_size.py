@@ -1,6 +1,6 @@
-"""The whole way at 124M shape: OpenAI's layout written by TensorFlow, imported, and compared with transformers.
+"""End to end at 124M shape: a checkpoint written by TensorFlow is imported and compared with transformers.
 
-Random weights, real shapes; 2 GB on disk for a minute. Not run by default: pytest -m full_size
+The weights are random. Takes 2 GB on disk for a minute. Not run by default: pytest -m full_size
 """
 
 import numpy as np
@@ -9,9 +9,7 @@ import pytest
 import gpt2
 import gpt2_pico
 from encoder import get_encoder
-from engines import batching as batch
-from engines import parallel
-from engines import speculative as speculate
+from engines import batching, parallel, speculative
 from tests.conftest import DATA, PROMPTS, need
 from tests.random_model import (
     SIZE_124M,
@@ -25,8 +23,10 @@ from tests.test_gpt2 import assert_same_ids, prompt_ids, their_greedy_ids, their
 from training import fused
 from training.adamw import AdamW
 from training.dataset import encode_splits
-from training.trainer import initial_tensors, loss_and_gradients
+from training.initialization import gpt2_deviation, initial_tensors
+from training.loss import loss_and_gradients
 from utils import load_encoder_hparams_and_params
+from weights.names import tensor_shapes
 
 pytestmark = pytest.mark.full_size
 
@@ -56,7 +56,7 @@ def theirs(folder, ours):
     return GPT2LMHeadModel.from_pretrained(folder).eval()
 
 
-def test_the_file_is_as_large_as_openais(folder):
+def test_checkpoint_is_as_large_as_openais(folder):
     assert (folder / "model.ckpt.data-00000-of-00001").stat().st_size == 497_759_232
 
 
@@ -68,7 +68,7 @@ def test_logits_and_64_greedy_ids(ours, theirs, prompt):
     logits = gpt2.gpt2(ids, **params, n_head=hparams["n_head"])
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     new = their_greedy_ids(theirs, ids, 64)
-    assert len(set(new)) > 8, "too much of the same to show a difference"
+    assert len(set(new)) > 8, "too few different tokens to show a difference"
     assert_same_ids(
         gpt2.generate(ids, params, hparams["n_head"], 64),
         new,
@@ -78,35 +78,33 @@ def test_logits_and_64_greedy_ids(ours, theirs, prompt):
 
 @pytest.fixture(scope="module")
 def laid_out(ours):
-    """small_batch_model's, whatever kernels this processor has."""
+    """The (model, params) of small_batch_model, on any processor."""
     _, hparams, params = ours
     return parallel.shared(params, hparams["n_head"], 2)
 
 
-def test_twelve_prompts_at_once_and_5_at_a_time(ours, theirs, laid_out):
+def test_twelve_prompts_in_batches_of_five(ours, theirs, laid_out):
     encoder, hparams, _ = ours
     model, params = laid_out
     prompts = [prompt_ids(encoder, prompt) for prompt in PROMPTS]
     requests = [(i, ids, [np.argmax]) for i, ids in enumerate(prompts)]
-    for key, ids, _ in batch.generate_batch(requests, params, hparams["n_head"], 64, 5, model=model):
+    for key, ids, _ in batching.generate_batch(requests, params, hparams["n_head"], 64, 5, model=model):
         start, new = prompts[key[0]], their_greedy_ids(theirs, prompts[key[0]], 64)
         assert_same_ids(ids, new, lambda i, start=start, new=new: their_logits(theirs, [start + new[:i]])[0, -1])
 
 
-def test_guessed_tokens_are_the_same(ours, theirs, laid_out, monkeypatch):
+def test_speculative_decoding_gives_the_same_tokens(ours, theirs, laid_out):
     encoder, hparams, params = ours
-    n_head = hparams["n_head"]
-    monkeypatch.setattr(speculate, "small_batch_model", lambda *_: laid_out)
-    monkeypatch.setattr(speculate, "has_small_kernels", lambda: True)
+    n_head, (model, laid_out_params) = hparams["n_head"], laid_out
     for prompt in PROMPTS:
         ids = prompt_ids(encoder, prompt) * 4
         new = their_greedy_ids(theirs, ids, 64)
-        draft = speculate.Draft(params, n_head, 0.5)  # the model itself: all its guesses are right
-        for make_guesser in (speculate.Lookup, lambda draft=draft: draft):
-            speculation = speculate.Speculation(params, n_head, make_guesser)
+        draft = speculative.Draft(params, n_head, 0.5)  # the model itself: all its draft tokens are accepted
+        for make_drafter in (speculative.Lookup, lambda draft=draft: draft):
+            speculation = speculative.Speculation(laid_out_params, n_head, make_drafter, model)
             found = list(speculation.generate_tokens(ids, 64))
             assert_same_ids(found, new, lambda i, ids=ids, new=new: their_logits(theirs, [ids + new[:i]])[0, -1])
-        assert speculation.passes < 40
+        assert speculation.n_passes < 40
 
 
 def test_pico_gives_the_same_ids(ours):
@@ -126,16 +124,17 @@ def test_a_full_context(ours, theirs):
     )
 
 
-def test_ten_steps_of_training_are_llm_cs():
-    """From the same (random) weights, on the same batches of 4 x 64 tokens of tinyshakespeare.
+def test_ten_training_steps_have_the_losses_of_llm_c():
+    """From the same random weights, on the same batches of 4 x 64 tokens of tinyshakespeare.
 
-    The losses are those that karpathy/llm.c's train_gpt2.c printed (gcc -Ofast, two threads; AdamW 1e-4, betas 0.9 and
-    0.999, no weight decay), with shuffling switched off in its data loader.
+    The losses are those that train_gpt2.c of karpathy/llm.c printed (gcc -Ofast, two threads; AdamW with learning rate
+    1e-4, betas 0.9 and 0.999, no weight decay), with shuffling disabled in its data loader.
     """
     expected = "11.034027 9.634481 9.841953 9.542304 9.387852 9.329209 9.177855 9.067575 9.135426 8.717728"
     text = need(DATA / "tinyshakespeare.txt").read_text(encoding="utf-8")
     ids, _, _ = encode_splits(text, get_encoder("gpt2", str(need(DATA / "gpt2").parent)), "sections")
-    tensors, model = initial_tensors(SIZE_124M, seed=0), fused.training_model()
+    tensors = initial_tensors(tensor_shapes(**SIZE_124M), 0, gpt2_deviation(SIZE_124M["n_layer"]))
+    model = fused.training_model()
     optimizer = AdamW(tensors, beta1=0.9, beta2=0.999, weight_decay=0.0)
     for i, loss in enumerate(map(float, expected.split())):
         window = np.array(ids[256 * i : 256 * i + 257])

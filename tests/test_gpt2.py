@@ -1,6 +1,5 @@
 """The model against Hugging Face transformers, and against itself along its different paths."""
 
-import copy
 import functools
 import inspect
 import math
@@ -12,6 +11,7 @@ import gpt2
 import gpt2_pico
 from encoder import END_OF_TEXT
 from tests.conftest import PROMPTS, TINY
+from weights.names import flatten, nest, tensor_shapes
 
 
 @pytest.fixture(scope="module")
@@ -54,28 +54,26 @@ def assert_same_ids(ours, expected, logits_of):
         pytest.fail(f"token {i}: {ours[i]} is not {expected[i]}; top two {top} with logits {logits[top]}")
 
 
-# The layers, on numbers worked out elsewhere
+# The layers
 
 
-def test_gelu():  # by the formula of Hendrycks & Gimpel, as printed in "GPT in 60 Lines of NumPy"
+def test_the_layers_give_the_figures_of_gpt_in_60_lines_of_numpy():
+    """Its softmax example is printed with the result of [[2, 10], [-1, 0]]."""
     x = np.array([[1, 2], [-2, 0.5]], dtype=np.float32)
     np.testing.assert_allclose(gpt2.gelu(x), [[0.84119, 1.9546], [-0.0454, 0.34571]], atol=5e-5)
-
-
-def test_softmax():
     x = np.array([[2, 10], [-1, 0]], dtype=np.float32)
     np.testing.assert_allclose(gpt2.softmax(x), [[0.00034, 0.99966], [0.26894, 0.73106]], atol=5e-6)
-    np.testing.assert_array_equal(gpt2.softmax(np.array([1e4, 0, -1e4], dtype=np.float32)), [1, 0, 0])
-
-
-def test_layer_norm():
     x = np.array([[2, 2, 3], [-5, 0, 1]], dtype=np.float32)
     expected = [[-0.70709, -0.70709, 1.41418], [-1.397, 0.508, 0.889]]
     np.testing.assert_allclose(gpt2.layer_norm(x, g=np.float32(1), b=np.float32(0)), expected, atol=5e-4)
 
 
+def test_softmax_does_not_overflow():
+    np.testing.assert_array_equal(gpt2.softmax(np.array([1e4, 0, -1e4], dtype=np.float32)), [1, 0, 0])
+
+
 @pytest.mark.parametrize("n_q", [1, 3, 7])
-def test_attention_is_torchs(n_q):
+def test_attention_is_that_of_torch(n_q):
     import torch
 
     rng = np.random.default_rng(0)
@@ -85,40 +83,32 @@ def test_attention_is_torchs(n_q):
     np.testing.assert_allclose(gpt2.attention(q, k, v), expected.numpy(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(5,), (5, 36), (2, 5, 36), (2, 3, 5, 36)])
-def test_gelu_softmax_and_layer_norm_are_torchs(shape):
-    import torch
+@pytest.mark.parametrize("shape", [(5,), (5, 36), (2, 3, 5, 36)])
+def test_gelu_softmax_and_layer_norm_are_those_of_torch(shape):
+    from torch import nn, tensor
 
     rng = np.random.default_rng(0)
     x = rng.standard_normal(shape, dtype=np.float32) * 3
     g, b = rng.standard_normal((2, shape[-1]), dtype=np.float32)
-    t = torch.tensor(x)
-    functional = torch.nn.functional
-    np.testing.assert_allclose(gpt2.gelu(x), functional.gelu(t, approximate="tanh").numpy(), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(gpt2.softmax(x), torch.softmax(t, -1).numpy(), rtol=1e-5, atol=1e-7)
-    expected = functional.layer_norm(t, shape[-1:], torch.tensor(g), torch.tensor(b))
-    np.testing.assert_allclose(gpt2.layer_norm(x, g, b), expected.numpy(), rtol=1e-4, atol=1e-5)
+    gelu = nn.functional.gelu(tensor(x), approximate="tanh")
+    layer_norm = nn.functional.layer_norm(tensor(x), shape[-1:], tensor(g), tensor(b))
+    np.testing.assert_allclose(gpt2.gelu(x), gelu.numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gpt2.softmax(x), tensor(x).softmax(-1).numpy(), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(gpt2.layer_norm(x, g, b), layer_norm.numpy(), rtol=1e-4, atol=1e-5)
 
 
 # The whole model against transformers
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_logits_are_those_of_transformers(tiny, theirs, prompt):
+def test_logits_and_64_greedy_ids_are_those_of_transformers(tiny, theirs, prompt):
     encoder, hparams, params = tiny
     ids = prompt_ids(encoder, prompt)
-    expected = their_logits(theirs, [ids])[0]
-    np.testing.assert_allclose(gpt2.gpt2(ids, **params, n_head=hparams["n_head"]), expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(gpt2_pico.gpt2(ids, **params, n_head=hparams["n_head"]), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_64_greedy_ids_are_those_of_transformers(tiny, theirs, prompt):
-    encoder, hparams, params = tiny
-    ids = prompt_ids(encoder, prompt)
-    expected = their_greedy_ids(theirs, ids, 64)
-    assert len(set(expected)) > 8, "too much of the same to show a difference"
+    logits, expected = their_logits(theirs, [ids])[0], their_greedy_ids(theirs, ids, 64)
+    assert len(set(expected)) > 8, "too much repetition to show a difference"
     for module in (gpt2, gpt2_pico):
+        ours = module.gpt2(ids, **params, n_head=hparams["n_head"])
+        np.testing.assert_allclose(ours, logits, rtol=1e-4, atol=1e-5)
         ours = module.generate(ids, params, hparams["n_head"], 64)
         assert_same_ids(ours, expected, lambda i: their_logits(theirs, [ids + expected[:i]])[0, -1])
 
@@ -130,7 +120,7 @@ def test_every_position_up_to_the_last_of_the_context(tiny, theirs):
     np.testing.assert_allclose(logits, their_logits(theirs, [ids])[0], rtol=1e-4, atol=1e-5)
 
 
-# Its own paths: batch, cache, chunks
+# Batches, the cache, prefill
 
 
 @pytest.mark.parametrize("batch", [(1,), (3,), (2, 3)])
@@ -146,37 +136,28 @@ def test_a_row_of_a_batch_is_the_row_alone(tiny, batch):
 
 @pytest.mark.parametrize("batch", [(), (3,)])
 @pytest.mark.parametrize("pieces", [[11], [1] * 11, [4, 1, 1, 5], [1, 10]])
-def test_the_cache_gives_the_logits_of_one_pass(tiny, batch, pieces):
+def test_the_cache_and_last_only_give_the_logits_of_one_pass(tiny, batch, pieces):
     _, hparams, params = tiny
     ids = random_ids(*batch, 11)
-    whole = gpt2.gpt2(ids, **params, n_head=hparams["n_head"])
-    cache = [gpt2.KVCache(11) for _ in params["blocks"]]
-    parts = [
-        gpt2.gpt2(part, **params, n_head=hparams["n_head"], cache=cache)
-        for part in np.split(ids, np.cumsum(pieces)[:-1], axis=-1)
-    ]
+    model = functools.partial(gpt2.gpt2, **params, n_head=hparams["n_head"])
+    whole, cache = model(ids), [gpt2.KVCache(11) for _ in params["blocks"]]
+    parts = [model(part, cache=cache) for part in np.split(ids, np.cumsum(pieces)[:-1], axis=-1)]
     np.testing.assert_allclose(np.concatenate(parts, axis=-2), whole, rtol=1e-4, atol=1e-5)
+    last = model(ids, last_only=True)
+    assert last.shape == (*batch, 1, TINY["n_vocab"])
+    np.testing.assert_allclose(last, whole[..., -1:, :], rtol=1e-4, atol=1e-5)
 
 
-def test_last_only_is_the_last_row(tiny):
-    _, hparams, params = tiny
-    ids = random_ids(2, 7)
-    last = gpt2.gpt2(ids, **params, n_head=hparams["n_head"], last_only=True)
-    assert last.shape == (2, 1, TINY["n_vocab"])
-    whole = gpt2.gpt2(ids, **params, n_head=hparams["n_head"])
-    np.testing.assert_allclose(last, whole[:, -1:], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("prefill", [1, 7, 50, 1000])
-def test_the_prompt_in_chunks_gives_the_same_ids(tiny, monkeypatch, prefill):
+@pytest.mark.parametrize("chunk", [1, 7, 50, 1000])
+def test_prefill_in_chunks_gives_the_same_ids(tiny, monkeypatch, chunk):
     _, hparams, params = tiny
     ids = random_ids(50).tolist()
     expected = gpt2_pico.generate(ids, params, hparams["n_head"], 16)
-    monkeypatch.setattr(gpt2, "PREFILL_CHUNK", prefill)
+    monkeypatch.setattr(gpt2, "PREFILL_CHUNK", chunk)
     assert gpt2.generate(ids, params, hparams["n_head"], 16) == expected
 
 
-def test_the_cache_keeps_views_and_copies_nothing_but_the_new_rows():
+def test_the_cache_returns_views_and_copies_only_the_new_rows():
     cache = gpt2.KVCache(5)
     first = np.ones((2, 3, 4), dtype=np.float32)
     k, v = cache.append(first, 2 * first)
@@ -187,7 +168,7 @@ def test_the_cache_keeps_views_and_copies_nothing_but_the_new_rows():
     np.testing.assert_array_equal(again[0, :, 0], [1, 1, 1, 3])
 
 
-# float32, purity, other array types
+# float32, purity, JAX
 
 
 def every_array(monkeypatch, run):
@@ -216,20 +197,17 @@ def test_every_activation_is_float32(tiny, monkeypatch, with_cache):
             gpt2.gpt2(part, **params, n_head=hparams["n_head"], cache=cache)
 
     seen = every_array(monkeypatch, run)
-    names = "gelu softmax layer_norm linear ffn attention split_heads merge_heads mha transformer_block embed gpt2"
+    names = "gelu softmax layer_norm linear ffn attention split_heads mha transformer_block embed gpt2"
     assert {name for name, _ in seen} == set(names.split())
     assert {a.dtype for _, a in seen} == {np.dtype(np.float32)}
     assert all(c.k.dtype == c.v.dtype == np.float32 for c in cache or [])
 
 
-@pytest.mark.parametrize("function", ["gelu", "softmax"])
-def test_pico_stays_float32(function):
-    assert getattr(gpt2_pico, function)(np.ones((2, 3), dtype=np.float32)).dtype == np.float32
-
-
-def test_pico_logits_are_float32(tiny):
+def test_pico_stays_float32(tiny):
     _, hparams, params = tiny
     assert gpt2_pico.gpt2([1, 2, 3], **params, n_head=hparams["n_head"]).dtype == np.float32
+    for function in (gpt2_pico.gelu, gpt2_pico.softmax):
+        assert function(np.ones((2, 3), dtype=np.float32)).dtype == np.float32
 
 
 def test_nothing_writes_into_its_inputs(tiny):
@@ -259,10 +237,10 @@ def test_the_same_source_runs_on_jax(tiny):
         np.testing.assert_allclose(compiled(jnp.array([3, 1, 4, 1, 5]), **params), ours, rtol=1e-3, atol=1e-4)
 
 
-# generate
+# Generation
 
 
-def test_generate_leaves_its_argument_alone_and_takes_any_sequence(tiny):
+def test_generate_does_not_modify_its_argument_and_takes_any_sequence(tiny):
     _, hparams, params = tiny
     ids = [3, 1, 4]
     new = gpt2.generate(ids, params, hparams["n_head"], 5)
@@ -304,32 +282,30 @@ def test_sample_gets_the_last_logits(tiny):
 
 def test_the_context_may_be_filled_but_not_exceeded(tiny):
     _, hparams, params = tiny
-    n_ctx = TINY["n_ctx"]
+    n_ctx, model = TINY["n_ctx"], functools.partial(gpt2.gpt2, **params, n_head=hparams["n_head"])
     assert len(gpt2.generate([1] * (n_ctx - 2), params, hparams["n_head"], 2)) == 2
     assert gpt2.generate([1] * n_ctx, params, hparams["n_head"], 0) == []
-    with pytest.raises(ValueError, match=f"{n_ctx - 2} tokens and 3 more are {n_ctx + 1}.*context is {n_ctx}"):
+    with pytest.raises(ValueError, match=rf"{n_ctx - 2} tokens \+ 3 more = {n_ctx + 1}.*context of {n_ctx}"):
         gpt2.generate([1] * (n_ctx - 2), params, hparams["n_head"], 3)
     with pytest.raises(ValueError, match="context"):
-        gpt2.gpt2([1] * (n_ctx + 1), **params, n_head=hparams["n_head"])
-    cache = [gpt2.KVCache(n_ctx + 1) for _ in params["blocks"]]
-    gpt2.gpt2([1] * n_ctx, **params, n_head=hparams["n_head"], cache=cache)
-    with pytest.raises(ValueError, match="context"):
-        gpt2.gpt2([1], **params, n_head=hparams["n_head"], cache=cache)
-    small = [gpt2.KVCache(3) for _ in params["blocks"]]
-    gpt2.gpt2([1, 2, 3], **params, n_head=hparams["n_head"], cache=small)
-    with pytest.raises(ValueError, match="3 tokens and 1 more"):
-        gpt2.gpt2([1], **params, n_head=hparams["n_head"], cache=small)
+        model([1] * (n_ctx + 1))
+    for n_max, n_filled in ((n_ctx + 1, n_ctx), (3, 3)):
+        cache = [gpt2.KVCache(n_max) for _ in params["blocks"]]
+        model([1] * n_filled, cache=cache)
+        with pytest.raises(ValueError, match=rf"{n_filled} tokens \+ 1 more"):
+            model([1], cache=cache)
 
 
-def test_nothing_to_start_from(tiny):
+def test_an_empty_prompt_is_an_error(tiny):
     _, hparams, params = tiny
     with pytest.raises(ValueError, match="at least one token"):
         gpt2.generate([], params, hparams["n_head"], 3)
 
 
-def test_pico_fits_its_promise():
-    source = inspect.getsource(gpt2_pico).splitlines()
-    assert sum(1 for line in source if line.strip() and not line.strip().startswith("#")) <= 60
+def test_the_two_models_stay_short():
+    lines, pico_lines = (inspect.getsource(module).splitlines() for module in (gpt2, gpt2_pico))
+    assert len(lines) <= 165
+    assert len(pico_lines) <= 68 and sum(1 for line in pico_lines if line.strip()) <= 46
 
 
 def test_wrong_weights_would_show(tiny, theirs):
@@ -338,20 +314,9 @@ def test_wrong_weights_would_show(tiny, theirs):
     ids = random_ids(20).tolist()
     expected = their_logits(theirs, [ids])[0]
 
-    def leaves(node, path=()):
-        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-        if not items:
-            yield path
-        for key, child in items:
-            yield from leaves(child, (*path, key))
-
-    for path in leaves(params):
-        changed = copy.deepcopy(params)
-        *scopes, leaf = path
-        inner = changed
-        for key in scopes:
-            inner = inner[key]
-        inner[leaf] = np.roll(inner[leaf], 1, axis=-1)
-        logits = gpt2.gpt2(ids, **changed, n_head=hparams["n_head"])
+    for name in tensor_shapes(**hparams):
+        tensors = flatten(params, hparams)
+        tensors[name] = np.roll(tensors[name], 1, axis=-1)
+        logits = gpt2.gpt2(ids, **nest(tensors, hparams["n_layer"]), n_head=hparams["n_head"])
         difference = np.max(np.abs(logits - expected))
-        assert difference > 1e-3 or math.isnan(difference), path
+        assert difference > 1e-3 or math.isnan(difference), name

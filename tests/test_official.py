@@ -1,8 +1,9 @@
-"""official/: what it says of a wrong checkout or model, and, with OpenAI's code at hand, the comparison itself.
+"""official/: errors about the checkout, the model and the options, and, given OpenAI's code, the comparison itself.
 
-The comparison needs a checkout of OpenAI's repository at the commit compare.py names: OFFICIAL_GPT2=PATH pytest ...
+The comparison needs a checkout of OpenAI's repository (official/README.md): OFFICIAL_GPT2=PATH pytest ...
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+from cli.compare import run
 from encoder import get_encoder
 from official import compare, theirs
 from tests.random_model import (
@@ -25,22 +27,23 @@ from weights.errors import UserError
 HPARAMS = {"n_vocab": 320, "n_ctx": 96, "n_embd": 24, "n_head": 3, "n_layer": 2}
 
 
+@pytest.fixture
+def mistake(capsys):
+    """Run the command line, which must end with exit code 2, no output and one line on standard error: return it."""
+
+    def run_mistake(*arguments):
+        assert run(list(map(str, arguments))) == 2
+        out, err = capsys.readouterr()
+        assert not out and err.count("\n") == 1 and err.startswith("official/compare.py: error: ")
+        return err
+
+    return run_mistake
+
+
 def run_script(*arguments, cwd, **env):
-    """Runs official/compare.py in a process of its own and in another folder."""
-    return subprocess.run(
-        [sys.executable, compare.__file__, *map(str, arguments)],
-        capture_output=True,
-        encoding="utf-8",
-        cwd=cwd,
-        env=os.environ | env,
-        check=False,
-    )
-
-
-def is_mistake(done):
-    """Exit code 2, one line on standard error, nothing on standard output."""
-    one_line = done.stderr.count("\n") == 1 and done.stderr.startswith("official/compare.py: error: ")
-    return done.returncode == 2 and one_line and not done.stdout
+    """Run official/compare.py in a process, in another folder."""
+    command = [sys.executable, compare.__file__, "--model_size", "tiny", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", cwd=cwd, env=os.environ | env, check=False)
 
 
 # OpenAI's checkout
@@ -54,7 +57,7 @@ def git(*command):
 
 @pytest.fixture
 def upstream(tmp_path, monkeypatch):
-    """A repository of two commits in the place of OpenAI's; compare.py wants the first."""
+    """A repository with two commits in place of OpenAI's; compare.py wants the first."""
     path = tmp_path / "upstream"
     (path / "src").mkdir(parents=True)
     git("init", "--quiet", path)
@@ -68,87 +71,88 @@ def upstream(tmp_path, monkeypatch):
     return path
 
 
-def test_missing_checkout_names_the_commands(tmp_path):
-    done = run_script("--official_repo", "not here", cwd=tmp_path)
-    assert is_mistake(done)
-    assert f"git clone {compare.URL} 'not here' && git -C 'not here' checkout {compare.COMMIT}" in done.stderr
+def test_without_clone_an_error_names_the_commands(tmp_path, upstream, mistake, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = mistake("--official_repo", "not here")
+    assert f"git clone {compare.URL} 'not here' && git -C 'not here' checkout {compare.COMMIT}" in error
+    assert f"git -C {upstream} checkout {compare.COMMIT}" in mistake("--official_repo", upstream)
+    assert not os.path.exists("not here")
 
 
-def test_wrong_commit_names_the_command(tmp_path, upstream):
-    done = run_script("--official_repo", upstream, cwd=tmp_path)
-    assert is_mistake(done)
-    assert f"git -C {upstream} checkout 9b63575ef42771a015060c964af2c3da4cf7c8ab" in done.stderr
+def test_a_commit_that_does_not_exist(upstream, mistake, monkeypatch):
+    monkeypatch.setattr(compare, "COMMIT", "9b63575ef42771a015060c964af2c3da4cf7c8ab")
+    error = mistake("--official_repo", upstream, "--clone")
+    assert "checkout 9b63575" in error and "run it by hand" in error
 
 
-def test_commit_that_is_not_there(tmp_path, upstream):
-    done = run_script("--official_repo", upstream, "--clone", cwd=tmp_path)
-    assert is_mistake(done)
-    assert "checkout 9b63575" in done.stderr and "run it by hand" in done.stderr
-
-
-def test_folder_that_is_no_checkout_stays_as_it_is(tmp_path, upstream):
+def test_a_folder_that_is_not_a_checkout_is_left_unchanged(upstream):
     git("-C", upstream, "checkout", "--quiet", compare.COMMIT)
-    for path in (upstream / "src", upstream / "src" / "model.py"):  # a part of a checkout is none
+    for path in (upstream / "src", upstream / "src" / "model.py"):  # parts of a checkout
         with pytest.raises(UserError, match=f"is not a git checkout; name a new folder: git clone .* {path}-"):
             compare.check_checkout(str(path), clone=True)
 
 
-def test_clone_makes_the_checkout(tmp_path, upstream):
-    path = tmp_path / "new" / "checkout"
+@pytest.mark.parametrize("name", ["new/checkout", "empty", "upstream"])  # the latter is at another commit
+def test_clone_makes_the_checkout(tmp_path, upstream, name):
+    path = tmp_path / name
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="or add --clone"):
+        compare.check_checkout(str(path), clone=False)
     compare.check_checkout(str(path), clone=True)
     assert git("-C", path, "rev-parse", "HEAD") == compare.COMMIT
     assert (path / "src" / "model.py").read_text(encoding="utf-8") == "first\n"
     compare.check_checkout(str(path), clone=False)
 
 
-def test_clone_fills_an_empty_folder(tmp_path, upstream):
-    (tmp_path / "empty").mkdir()
-    compare.check_checkout(str(tmp_path / "empty"), clone=True)
-    compare.check_checkout(str(tmp_path / "empty"), clone=False)
-
-
-def test_clone_moves_a_checkout_to_the_commit(upstream):
-    with pytest.raises(UserError, match="is at commit"):
-        compare.check_checkout(str(upstream), clone=False)
-    compare.check_checkout(str(upstream), clone=True)
-    compare.check_checkout(str(upstream), clone=False)
-
-
-def test_changed_source_is_refused_and_kept(upstream):
+def test_a_modified_source_is_refused_and_kept(upstream):
     git("-C", upstream, "checkout", "--quiet", compare.COMMIT)
-    changed = upstream / "src" / "model.py"
-    changed.write_text("changed\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"src/model\.py is not OpenAI's any more; run: git -C .* checkout .* -- src"):
+    modified = upstream / "src" / "model.py"
+    modified.write_text("modified\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"src/model\.py differs from OpenAI's; run: git -C .* checkout .* -- src"):
         compare.check_checkout(str(upstream), clone=True)
-    assert changed.read_text(encoding="utf-8") == "changed\n"
+    assert modified.read_text(encoding="utf-8") == "modified\n"
 
 
-def test_git_that_is_not_installed(tmp_path):
-    done = run_script("--official_repo", "new", "--clone", cwd=tmp_path, PATH=str(tmp_path))
-    assert is_mistake(done)
-    assert "git is needed" in done.stderr
+# What else is missing
 
 
-def test_wrong_options(tmp_path):
-    for options in ([], ["--official_repo", "x", "--n_tokens_to_generate", "0"], ["--official_repo", "x", "prompt"]):
-        done = run_script(*options, cwd=tmp_path)
-        assert is_mistake(done)
-        assert "--help" in done.stderr
+def test_missing_programs_are_named(tmp_path, upstream, mistake, monkeypatch):
+    git("-C", upstream, "checkout", "--quiet", compare.COMMIT)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    error = mistake("--official_repo", upstream)
+    assert error.endswith("needs TensorFlow, which is not installed: pip install -r requirements-dev.txt\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "git is needed" in mistake("--official_repo", "new", "--clone")
 
 
-# The stand-in for tensorflow.contrib
+def test_wrong_options(tmp_path, mistake):
+    for options in (["--official_repo", "x", "--n_tokens_to_generate", "0"], ["--official_repo", "x", "prompt"]):
+        assert "--help" in mistake(*options)
+    done = run_script(cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "--official_repo" in done.stderr
+
+
+def test_a_model_without_openais_files(tmp_path, mistake, monkeypatch):
+    write_safetensors(tmp_path, HPARAMS, random_tensors(HPARAMS))
+    write_byte_vocabulary(tmp_path, HPARAMS["n_vocab"])
+    monkeypatch.setattr(compare, "check_checkout", lambda path, clone: None)
+    monkeypatch.setattr(compare, "check_tensorflow", lambda: None)
+    error = mistake("--official_repo", "x", "--model_size", tmp_path.name, "--models_dir", tmp_path.parent)
+    assert "lacks the TensorFlow checkpoint (checkpoint, model.ckpt.*), which OpenAI's code reads; put" in error
+    with pytest.raises(UserError, match="or give --models_dir a new folder"):
+        compare.check_release_files("124M", str(tmp_path))
+
+
+# The stand-in for tensorflow.contrib, the prompts, the result
 
 
 def test_hparams():
     hparams = theirs.HParams(n_ctx=1024, n_head=12)
-    assert hparams.n_ctx == 1024 and hparams.n_head == 12
     assert hparams.override_from_dict({"n_head": 16}) is hparams
-    assert hparams.n_ctx == 1024 and hparams.n_head == 16
+    assert vars(hparams) == {"n_ctx": 1024, "n_head": 16}
     with pytest.raises(KeyError, match="n_haed"):
         hparams.override_from_dict({"n_haed": 1})
-
-
-# The prompts, the files, the verdict
 
 
 @pytest.fixture
@@ -157,60 +161,47 @@ def byte_encoder(tmp_path):
     return get_encoder(tmp_path.name, tmp_path.parent)
 
 
-def test_prompts_fit_the_context(byte_encoder):
+def test_prompts_fit_into_the_context(byte_encoder):
     for n_ctx, n_new in ((4096, 40), (100, 40), (41, 40)):
         prompts = compare.choose_prompts("x", byte_encoder, n_ctx, n_new)
         assert all(0 < len(byte_encoder.encode(prompt)) <= n_ctx - n_new for prompt in prompts.values())
         assert prompts["--prompt"] == "x"
     assert compare.choose_prompts(None, byte_encoder, 4096, 40) == compare.PROMPTS
+    for prompt, n_ctx, words in (
+        (
+            "x" * 11,
+            50,
+            "--prompt has 11 tokens, more than the 10 that 40 tokens to generate leave",
+        ),
+        (None, 40, "leaves no room"),
+        ("", 50, "empty"),
+    ):
+        with pytest.raises(UserError, match=words):
+            compare.choose_prompts(prompt, byte_encoder, n_ctx, 40)
 
 
-def test_prompts_that_do_not_fit(byte_encoder):
-    with pytest.raises(UserError, match="--prompt has 11 tokens, and 40 to generate leave 10 of the model's 50"):
-        compare.choose_prompts("x" * 11, byte_encoder, 50, 40)
-    with pytest.raises(UserError, match="leaves no room"):
-        compare.choose_prompts(None, byte_encoder, 40, 40)
-    with pytest.raises(UserError, match="empty"):
-        compare.choose_prompts("", byte_encoder, 50, 40)
-
-
-def test_model_without_openais_files(tmp_path, monkeypatch, capsys):
-    write_safetensors(tmp_path / ".", HPARAMS, random_tensors(HPARAMS))
-    write_byte_vocabulary(tmp_path, HPARAMS["n_vocab"])
-    monkeypatch.setattr(compare, "check_checkout", lambda path, clone: None)
-    monkeypatch.delenv("GPT2_BASE_URL", raising=False)
-    options = ["--official_repo", "x", "--model_size", tmp_path.name, "--models_dir", str(tmp_path.parent)]
-    assert compare.main(options) == 2
-    out, err = capsys.readouterr()
-    assert not out and err.count("\n") == 1
-    assert (
-        "lacks the TensorFlow checkpoint (checkpoint, model.ckpt.*), which OpenAI's code reads; put them back\n" in err
-    )
-    with pytest.raises(UserError, match="or give --models_dir a new folder"):
-        compare.check_release_files("124M", str(tmp_path))
-
-
-def test_verdict(byte_encoder):
+def test_comparison_of_two_results(byte_encoder):
     logits = np.zeros((4, 257), np.float32)
     logits[:, 65], logits[:, 66] = 3, 2
-    answer = {"ids": [1, 2], "new_ids": [65, 65, 65]}
-    assert compare.compare(answer, logits, answer, logits)[1:4] == ("identical", "3 of 3", "0.00e+00")
-    assert compare.explain("x", answer, logits, answer, logits, byte_encoder) == []
+    result = {"ids": [1, 2], "new_ids": [65, 65, 65]}
+    assert compare.compare(result, logits, result, logits)[1:4] == ("identical", "3 of 3", "0.00e+00")
+    assert compare.describe_difference("x", result, logits, result, logits, byte_encoder) == []
 
     our_logits = logits.copy()
     our_logits[2, 66] = 3.5
     ours = {"ids": [1, 2], "new_ids": [65, 66, 65]}
-    assert compare.compare(answer, logits, ours, our_logits)[2] == "1 of 3"
-    text = "\n".join(compare.explain("x", answer, logits, ours, our_logits, byte_encoder))
+    assert compare.compare(result, logits, ours, our_logits)[2] == "1 of 3"
     a, b = (f"{i} {byte_encoder.decode([i])!a}" for i in (65, 66))
-    assert "different: x: generated token 2 of 3" in text
-    assert f"OpenAI's took {a}; largest logits: {a} 3.000000, {b} 2.000000; gap 1.00e+00" in text
-    assert f"ours     took {b}; largest logits: {b} 3.500000, {a} 3.000000; gap 5.00e-01" in text
+    assert compare.describe_difference("x", result, logits, ours, our_logits, byte_encoder) == [
+        "different: x: generated token 2 of 3",
+        f"  OpenAI's chose {a}; largest logits: {a} 3.000000, {b} 2.000000; gap 1.00e+00",
+        f"  ours     chose {b}; largest logits: {b} 3.500000, {a} 3.000000; gap 5.00e-01",
+    ]
 
     ours = {"ids": [1], "new_ids": [65, 66, 65]}
-    assert compare.compare(answer, logits, ours, our_logits)[1:3] == ("different", "-")
-    text = "\n".join(compare.explain("x", answer, logits, ours, our_logits, byte_encoder))
-    assert "token 2 of the prompt is 2 " in text and text.endswith("nothing in ours")
+    assert compare.compare(result, logits, ours, our_logits)[1:3] == ("different", "-")
+    [line] = compare.describe_difference("x", result, logits, ours, our_logits, byte_encoder)
+    assert "token 2 of the prompt is 2 " in line and line.endswith("nothing in ours")
 
 
 # The comparison itself
@@ -226,7 +217,7 @@ def official_repo():
 
 @pytest.fixture
 def tiny(tmp_path):
-    """A model in OpenAI's layout whose greedy text does not repeat one token; gives the folder and the tensors."""
+    """A model in OpenAI's layout whose greedy text does not repeat one token: its folder and tensors."""
     model_dir = tmp_path / "models" / "tiny"
     model_dir.mkdir(parents=True)
     write_vocabulary(model_dir, compare.PROMPTS["long"] + compare.PROMPTS["Turing"], HPARAMS["n_vocab"])
@@ -236,11 +227,10 @@ def tiny(tmp_path):
     return model_dir, tensors
 
 
-def test_same_weights_are_identical(tmp_path, official_repo, tiny):
+def test_the_same_weights_give_identical_ids(tmp_path, official_repo, tiny):
     redirect = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{official_repo}.insteadOf"}
     redirect["GIT_CONFIG_VALUE_0"] = compare.URL
-    options = ["--official_repo", "new", "--clone", "--model_size", "tiny", "--prompt", "wind\u2028"]
-    done = run_script(*options, cwd=tmp_path, **redirect)
+    done = run_script("--official_repo", "new", "--clone", "--prompt", "wind\u2028", cwd=tmp_path, **redirect)
     assert done.returncode == 0, done.stderr
     *table, verdict = done.stdout.rstrip("\n").split("\n")
     assert verdict == "identical"
@@ -250,22 +240,20 @@ def test_same_weights_are_identical(tmp_path, official_repo, tiny):
     assert git("-C", tmp_path / "new", "status", "--porcelain", "--ignored") == ""
 
 
-def test_other_weights_are_different(tmp_path, official_repo, tiny):
+def test_other_weights_give_different_ids(tmp_path, official_repo, tiny):
     model_dir, tensors = tiny
     write_safetensors(model_dir, HPARAMS, tensors | {"h1/mlp/c_proj/w": -tensors["h1/mlp/c_proj/w"]})
-    options = ["--official_repo", official_repo, "--model_size", "tiny", "--n_tokens_to_generate", "20"]
-    done = run_script(*options, cwd=tmp_path)
+    done = run_script("--official_repo", official_repo, "--n_tokens_to_generate", "20", cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "identical" not in done.stdout.rstrip("\n").rpartition("\n")[2]
-    assert "different: Turing: generated token" in done.stdout
-    assert "gap" in done.stdout
+    assert "different: Turing: generated token" in done.stdout and "gap" in done.stdout
 
 
-def test_damaged_checkpoint_is_one_line(tmp_path, official_repo, tiny):
+def test_a_damaged_checkpoint_is_one_line(tmp_path, official_repo, tiny):
     model_dir, tensors = tiny
     write_safetensors(model_dir, HPARAMS, tensors)
     data = model_dir / "model.ckpt.data-00000-of-00001"
     data.write_bytes(bytes(data.stat().st_size))
-    done = run_script("--official_repo", official_repo, "--model_size", "tiny", cwd=tmp_path)
-    assert is_mistake(done)
-    assert "OpenAI's code failed" in done.stderr
+    done = run_script("--official_repo", official_repo, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("official/compare.py: error: OpenAI's code failed")

@@ -1,4 +1,4 @@
-"""OpenAI's own 124M weights say what others have published that they say. Run when models/124M is there.
+"""OpenAI's 124M weights generate the published texts and ids. Skipped unless models/124M has been imported.
 
 Sources: the blog "GPT in 60 Lines of NumPy" and picoGPT's README; fastGPT's README and tests; transformers'
 tests/models/gpt2/test_modeling_gpt2.py; next_token_logits_124M.json, recorded from a float32 run of the same weights.
@@ -12,8 +12,7 @@ import pytest
 
 import gpt2
 import gpt2_pico
-from engines import batching as batch
-from engines import parallel
+from engines import batching, parallel
 from engines.speculative import Speculation
 from tests.conftest import ROOT
 from tests.test_gpt2 import prompt_ids
@@ -24,7 +23,7 @@ pytestmark = [
     pytest.mark.real_weights,
     pytest.mark.skipif(
         not (MODEL_DIR / "model.safetensors").exists(),
-        reason="models/124M is not here: python gpt2.py downloads and imports it",
+        reason="models/124M does not exist: python gpt2.py downloads and imports it",
     ),
 ]
 RECORDED = json.loads((pathlib.Path(__file__).parent / "next_token_logits_124M.json").read_text(encoding="utf-8"))
@@ -81,20 +80,21 @@ def test_published_ids(model, prompt, expected):
     assert gpt2.generate(encoder.encode(prompt), params, hparams["n_head"], len(expected)) == expected
 
 
-def test_all_at_once_and_with_guesses_they_say_the_same(model):
+def test_published_text_with_batching_and_speculative_decoding(model):
     encoder, hparams, params = model
     n_head = hparams["n_head"]
-    few_token = parallel.small_batch_model(params, n_head)
+    model, params = parallel.small_batch_model(params, n_head)
     requests = [(i, prompt_ids(encoder, prompt), [np.argmax]) for i, (prompt, _, _) in enumerate(CONTINUATIONS)]
-    together = batch.generate_batch(requests, few_token[1], n_head, 40, 4, model=few_token[0])
-    texts = {key: encoder.decode(ids) for (key, _), ids, _ in together}
+    results = batching.generate_batch(requests, params, n_head, 40, 4, model=model)
+    texts = {key: encoder.decode(ids) for (key, _), ids, _ in results}
     for i, (prompt, n_tokens, expected) in enumerate(CONTINUATIONS):
         assert texts[i].startswith(expected)
-        guessed = Speculation(params, n_head).generate_tokens(prompt_ids(encoder, prompt), n_tokens)
-        assert encoder.decode(guessed).startswith(expected)
+        speculation = Speculation(params, n_head, model=model)
+        speculative = speculation.generate_tokens(prompt_ids(encoder, prompt), n_tokens)
+        assert encoder.decode(speculative).startswith(expected)
 
 
-def test_pico_says_the_same(model):
+def test_published_ids_with_gpt2_pico(model):
     encoder, hparams, params = model
     prompt, expected = IDS[0]
     assert gpt2_pico.generate(encoder.encode(prompt), params, hparams["n_head"], len(expected)) == expected

@@ -1,4 +1,4 @@
-"""The shape comments of gpt2.py are true: each is checked against the arrays that pass by while the model runs.
+"""The shape comments are true: each is checked against the arrays while the code runs.
 
 A comment `# [a, b] -> [c, d]` behind `def` states the array arguments in their order and the result; behind an
 assignment, what is assigned; behind a return, what is returned. Names are bound where they first appear in a call
@@ -15,14 +15,11 @@ import pytest
 
 import gpt2
 import sampling
-from engines import batching as batch
-from engines import columns, parallel
+from engines import batching, columns, parallel, speculative
 from tests import gradients
 from tests.conftest import TINY
 from tests.random_model import random_tensors
-from training import dataset as data
-from training import fused
-from training import trainer as train
+from training import dataset, fused, loss
 from weights.names import nest
 
 COMMENT = re.compile(r"#\s*(?P<inputs>\[[^#]*\])?\s*->\s*(?P<result>\[[^\]]*\])")
@@ -118,59 +115,55 @@ def run_model(tiny):
     gpt2.generate(ids[0].tolist(), params, hparams["n_head"], 3)
 
 
+def assert_comments_are_true(module, run, n_least=1):
+    """Every shape comment of the module is checked while run() runs, and none is wrong."""
+    checker = Checker(module)
+    traced(checker, run)
+    assert checker.checked == set(checker.comments), module
+    assert len(checker.checked) >= n_least
+
+
 def test_the_shape_comments_of_the_model_are_true(tiny):
-    checker = Checker(gpt2)
-    traced(checker, lambda: run_model(tiny))
-    assert checker.checked == set(checker.comments)
-    assert len(checker.checked) > 25
+    assert_comments_are_true(gpt2, lambda: run_model(tiny), n_least=25)
 
 
 def test_the_shape_comments_of_sampling_are_true():
-    checker = Checker(sampling)
     logits = np.arange(10, dtype=np.float32)
-    traced(checker, lambda: sampling.distribution(logits, top_k=5, top_p=0.9))
-    assert checker.checked == set(checker.comments)
+    assert_comments_are_true(sampling, lambda: sampling.distribution(logits, top_k=5, top_p=0.9))
 
 
-def test_the_shape_comments_of_decoding_are_true(tiny):
-    """columns.py, parallel.py and batch.py, with a team of one: only this process is traced."""
+@pytest.mark.parametrize("module", [columns, parallel, batching, speculative])
+def test_the_shape_comments_of_engines_are_true(tiny, module):
+    """A single process, because only this process is traced."""
     _, hparams, params = tiny
-    requests = [(0, [1, 2, 3], [np.argmax]), (1, [4], [np.argmax])]
+    n_head, requests = hparams["n_head"], [(0, [1, 2, 3], [np.argmax]), (1, [4], [np.argmax])]
     wide = np.ones((3072, 70), dtype=np.float32)
 
     def run():
-        model, laid_out = parallel.shared(params, hparams["n_head"], 1)
-        list(batch.generate_batch(requests, laid_out, hparams["n_head"], 3, model=model))
-        cache = [gpt2.KVCache(9) for _ in params["blocks"]]
-        gpt2.gpt2([1, 2, 3], **params, n_head=hparams["n_head"], cache=cache)
-        parallel.whole_caches(parallel.share_caches(cache, laid_out), hparams["n_head"])
-        list(batch.generate_batch(requests, params, hparams["n_head"], 3))
-        np.ones((20, 3072), dtype=np.float32) @ columns.Columns(wide)
-        np.ones((200, 3072), dtype=np.float32) @ columns.Columns(wide)
+        model, blocked = parallel.shared(params, n_head, 1)
+        list(batching.generate_batch(requests, blocked, n_head, 3, model=model))
+        list(batching.generate_batch(requests, params, n_head, 3))
+        draft = speculative.Draft(params, n_head, cost=0.1)
+        list(speculative.Speculation(params, n_head, lambda: draft).generate_tokens([1, 2, 3], 5))
+        for n_rows in (20, 200):
+            np.ones((n_rows, 3072), dtype=np.float32) @ columns.Columns(wide)
 
-    for module in (columns, parallel, batch):
-        checker = Checker(module)
-        traced(checker, run)
-        assert checker.checked == set(checker.comments), module
-        assert checker.checked
+    assert_comments_are_true(module, run)
 
 
-def test_the_shape_comments_of_training_are_true():
-    """fused.py, data.py and train.py, in one step with dropout, run here in this thread."""
+@pytest.mark.parametrize("module", [fused, dataset])
+def test_the_shape_comments_of_training_are_true(module):
     hparams, (inputs, targets) = gradients.HPARAMS, gradients.batch()
-    tensors, params = random_tensors(hparams), nest(random_tensors(hparams), hparams["n_layer"])
+    tensors = random_tensors(hparams)
 
-    def step():
-        train.loss_and_gradients(tensors, hparams, inputs, targets, fused.training_model(0.1))
-        fused.token_losses(gpt2.gpt2(inputs, **params, n_head=hparams["n_head"]), targets)
-        data.random_windows(np.arange(50), np.random.default_rng(0), 3, 10)
-        data.even_windows(np.arange(50), 3, 10)
+    def run():
+        loss.loss_and_gradients(tensors, hparams, inputs, targets, fused.training_model(0.1))
+        logits = gpt2.gpt2(inputs, **nest(tensors, hparams["n_layer"]), n_head=hparams["n_head"])
+        fused.token_losses(logits, targets)
+        dataset.random_windows(np.arange(50), np.random.default_rng(0), 3, 10)
+        dataset.even_windows(np.arange(50), 3, 10)
 
-    for module in (fused, data):
-        checker = Checker(module)
-        traced(checker, step)
-        assert checker.checked == set(checker.comments), module
-        assert checker.checked
+    assert_comments_are_true(module, run)
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Gradients, the optimizer, data sets and the trainer. Imports gpt2, encoder, sampling, engines and weights."""
+"""Gradients, the optimizer, data sets and training runs. Imports gpt2, encoder, sampling, utils, engines, weights."""

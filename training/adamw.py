@@ -1,10 +1,10 @@
-"""AdamW (Loshchilov & Hutter 2019, algorithm 2), clipping by the global norm, and the learning rate over the steps."""
+"""AdamW (Loshchilov & Hutter 2019, algorithm 2), the global norm of gradients, and the learning rate schedule."""
 
 import math
 
 import numpy as np
 
-PIECE = 2**16  # numbers updated at a time: all that belongs to them stays in the cache
+from training.chunks import chunks
 
 
 def is_matrix(p):
@@ -12,24 +12,31 @@ def is_matrix(p):
 
 
 class AdamW:
-    """Adam with decoupled weight decay, on float32 arrays that are changed in place.
+    """Adam with decoupled weight decay. It updates float32 arrays in place.
 
-    tensors: dict of arrays by name. decays: which of them decay; by default matrices, not offsets and the scales of
-    layer norms (Radford et al. 2018, section 4.1). m, v: dicts of the moments; step: how many updates were made, for
-    the bias correction. Raises ValueError for a tensor that is not contiguous: it could not be changed in pieces.
+    tensors: dict of arrays by name. decays: function that tells whether weight decay applies to an array; by default it
+    applies to matrices, not to biases and layer norms (Radford et al. 2018, section 4.1). m, v: dicts of the first and
+    second moments. step: number of updates made, for bias correction.
+    Raises ValueError for a tensor that is not contiguous, because a flat view of it would be a copy.
     """
 
     def __init__(self, tensors, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, decays=is_matrix):
         if scattered := [name for name, p in tensors.items() if not p.flags.c_contiguous]:
-            raise ValueError(f"not contiguous in memory: {', '.join(scattered)}; give np.ascontiguousarray of it")
+            raise ValueError(f"not contiguous in memory: {', '.join(scattered)}; pass np.ascontiguousarray of it")
         self.tensors, self.beta1, self.beta2, self.eps = tensors, beta1, beta2, eps
         self.weight_decay = {name: weight_decay * decays(p) for name, p in tensors.items()}
         self.m = {name: np.zeros_like(p) for name, p in tensors.items()}
         self.v = {name: np.zeros_like(p) for name, p in tensors.items()}
         self.step = 0
 
+    def load_moments(self, m, v, step):
+        """Continue from copies of the moments, dicts by tensor name, after this number of updates."""
+        for name in self.tensors:
+            self.m[name][...], self.v[name][...] = m[name], v[name]
+        self.step = step
+
     def update(self, gradients, learning_rate, scale=1.0, parallel_map=map):
-        """One step down the gradients, dict of arrays by name, each taken times scale.
+        """Make one step with gradients, a dict of arrays by name, each multiplied by scale.
 
         parallel_map: the map of a thread pool updates several tensors at a time.
         """
@@ -38,14 +45,18 @@ class AdamW:
         list(parallel_map(lambda name: self.update_tensor(name, gradients[name], learning_rate, scale), largest_first))
 
     def update_tensor(self, name, gradient, learning_rate, scale):
-        """m = beta1*m + (1-beta1)*g,  v = beta2*v + (1-beta2)*g*g,  and with both freed from their bias towards 0,
-        w = w - learning_rate * (weight_decay*w + m/(sqrt(v) + eps)); piece by piece, in one array of scratch each."""
+        """Compute, chunk by chunk and with one scratch array, where t is the step:
+
+        m = beta1*m + (1-beta1)*g,  m_hat = m / (1 - beta1**t)
+        v = beta2*v + (1-beta2)*g*g,  v_hat = v / (1 - beta2**t)
+        w = w - learning_rate * (weight_decay*w + m_hat / (sqrt(v_hat) + eps))
+        """
         p, t = self.tensors[name], self.step
         decay = 1 - learning_rate * self.weight_decay[name]
         step_size, root = learning_rate / (1 - self.beta1**t), math.sqrt(1 - self.beta2**t)
         flat = [a.reshape(-1) for a in (p, gradient, self.m[name], self.v[name])]
-        for i in range(0, p.size, PIECE):
-            w, g, m, v = (a[i : i + PIECE] for a in flat)
+        for chunk in chunks(p.size):
+            w, g, m, v = (a[chunk] for a in flat)
             scratch = g * (scale * (1 - self.beta1))
             m *= self.beta1
             m += scratch
@@ -64,12 +75,15 @@ class AdamW:
 
 
 def global_norm(gradients, parallel_map=map):
-    """The Euclidean norm of all gradients, dict of arrays, as one vector (Pascanu et al. 2013, section 3.2)."""
+    """Return the Euclidean norm of all gradients together, a dict of arrays (Pascanu et al. 2013, section 3.2)."""
     return math.sqrt(sum(parallel_map(lambda g: float(np.dot(g.reshape(-1), g.reshape(-1))), gradients.values())))
 
 
 def learning_rate_at(step, learning_rate, min_lr, warmup_iters, lr_decay_iters):
-    """Linear warm-up from 0, then half a cosine down to min_lr at lr_decay_iters (Loshchilov & Hutter 2017, eq. 5)."""
+    """Return the learning rate of a step: linear warm-up from 0 to learning_rate, then cosine decay to min_lr.
+
+    The decay ends at step lr_decay_iters (Loshchilov & Hutter 2017, equation 5).
+    """
     if step < warmup_iters:
         return learning_rate * (step + 1) / warmup_iters
     if step >= lr_decay_iters:

@@ -1,15 +1,16 @@
-"""Reverse-mode automatic differentiation on NumPy arrays: what f(x) does to x is recorded, and walked back for df/dx.
+"""Reverse-mode automatic differentiation on NumPy arrays.
 
-A Tensor is an array that remembers which operation made it. Its operators are NumPy's functions, and NumPy hands each
-of its functions that meets a Tensor to the Tensor (NEP 13, __array_ufunc__; NEP 18, __array_function__). Code written
-for arrays runs on Tensors as it stands: gpt2.gpt2() with Tensors for weights gives Tensors of logits.
+A Tensor is an array that records which operation made it and from which Tensors. backward() goes through the recorded
+operations from the last to the first and applies the chain rule. When a function of NumPy gets a Tensor as an argument,
+NumPy calls the Tensor's __array_ufunc__ (NEP 13) or __array_function__ (NEP 18) instead, so code written for arrays
+runs on Tensors unchanged: gpt2.gpt2() with Tensors as parameters returns logits as a Tensor.
 
     w = Tensor(np.ones((3, 2), np.float32))
     loss = np.mean(np.tanh(x @ w))      # x is an array: a constant
     loss.backward()
     w.grad                              # d loss / d w, [3, 2]
 
-The dtype of the data is kept: float32 stays float32, float64 (for checks against finite differences) float64.
+Gradients have the dtype of the data: float32, or float64 for checks against finite differences.
 """
 
 import functools
@@ -24,13 +25,16 @@ numbers = itertools.count()
 
 
 class Tensor(NDArrayOperatorsMixin):
-    """A differentiable array. data: the array. grad: after backward(), for a Tensor that no operation made, the
-    gradient, of the same shape; the backward() of another result adds to it."""
+    """A differentiable array.
+
+    data: the array. grad: None until backward() is called on a result that depends on this Tensor, then the gradient,
+    an array of the same shape; further calls add to it. Only leaves, Tensors that no operation made, get a grad.
+    """
 
     def __init__(self, data, parents=(), pull_back=None):
         self.data, self.grad = np.asarray(data), None
-        self.parents, self.pull_back = parents, pull_back  # what it was made of; from its gradient to theirs
-        self.number = next(numbers)  # a result has a higher number than what it was made of
+        self.parents, self.pull_back = parents, pull_back  # the operands; function from dy to their gradients
+        self.number = next(numbers)  # a result has a higher number than its operands
 
     shape = property(lambda self: self.data.shape)
     ndim = property(lambda self: self.data.ndim)
@@ -38,7 +42,7 @@ class Tensor(NDArrayOperatorsMixin):
     dtype = property(lambda self: self.data.dtype)
     T = property(np.transpose)
 
-    # x += y makes a new x, and leaves the one that other operations may have kept for their derivatives as it was
+    # x += y makes a new Tensor: the derivatives of earlier operations may still need the old data
     __iadd__, __isub__ = NDArrayOperatorsMixin.__add__, NDArrayOperatorsMixin.__sub__
     __imul__, __itruediv__ = NDArrayOperatorsMixin.__mul__, NDArrayOperatorsMixin.__truediv__
 
@@ -71,33 +75,33 @@ class Tensor(NDArrayOperatorsMixin):
         return apply(OPERATIONS[function], function.__name__, inputs, options)
 
     def __array__(self, *_, **__):
-        raise TypeError("a Tensor becomes no array by itself, for its gradient would be lost; take its .data")
+        raise TypeError("a Tensor is not converted to an array, because its gradient would be lost; take its .data")
 
     def backward(self):
-        """Computes d self / d t for every Tensor t that self depends on and no operation made, and adds it to t.grad.
+        """Compute d self / d t for every leaf t that self depends on, and add it to t.grad.
 
-        self is one number. What was recorded is dropped on the way, and its memory with it, so this runs only once.
-        Raises ValueError for more than one number, and for what has been walked back before.
+        The recorded operations, and the arrays they hold, are freed on the way, so this runs only once.
+        Raises ValueError if self is not a scalar, or if its operations have been freed already.
         """
         if self.size != 1:
-            raise ValueError(f"backward() starts from one number, not from shape {self.shape}; take np.mean of it")
+            raise ValueError(f"backward() needs a scalar, not a Tensor of shape {self.shape}; take np.mean of it")
         nodes = sorted(ancestors(self), key=lambda node: node.number)
         gradients = {self.number: Gradient(np.ones_like(self.data))}
-        while nodes:  # from the last made to the first: each comes when all that was made of it has added its share
+        while nodes:  # newest first: a Tensor's gradient is complete when all results that use it have been visited
             node = nodes.pop()
             gradient = gradients.pop(node.number)
             if node.pull_back is None:
                 node.grad = np.asarray(gradient.own()) if node.grad is None else node.grad + gradient.total
                 continue
-            for parent, share in zip(node.parents, node.pull_back(gradient.total), strict=True):
+            for parent, part in zip(node.parents, node.pull_back(gradient.total), strict=True):
                 if parent.number not in gradients:
                     gradients[parent.number] = Gradient()
-                gradients[parent.number].add(share, parent.data, gradient.total)
-            node.parents, node.pull_back = (), used_up
+                gradients[parent.number].add(part, parent.data, gradient.total)
+            node.parents, node.pull_back = (), freed
 
 
 def value_and_gradients(function, tensors):
-    """(value, gradients by name) of a function that makes one number of Tensors by name; tensors: arrays by name."""
+    """Return the value and the gradients by name of a scalar function of a dict of Tensors. tensors: arrays by name."""
     leaves = {name: Tensor(array) for name, array in tensors.items()}
     value = function(leaves)
     value.backward()
@@ -105,7 +109,7 @@ def value_and_gradients(function, tensors):
 
 
 def ancestors(tensor):
-    """The Tensor and every one it was made of. A loop over a stack: a recursion would end at Python's depth of 1000."""
+    """Return the Tensor and all Tensors that it depends on. (Recursion would fail at Python's limit of 1000 levels.)"""
     found, stack = {tensor.number: tensor}, [tensor]
     while stack:
         for parent in stack.pop().parents:
@@ -115,19 +119,22 @@ def ancestors(tensor):
     return found.values()
 
 
-def used_up(_):
-    raise ValueError("backward() has walked through this before; compute it anew")
+def freed(_):
+    raise ValueError("backward() has already run and freed the recorded operations; compute the result again")
 
 
 class At(NamedTuple):
-    """The gradient of x[index]: `values` there, 0 elsewhere."""
+    """The gradient of x[index] with respect to x: `values` at index, 0 elsewhere."""
 
     index: object
     values: np.ndarray
 
 
 class Gradient:
-    """The sum of the shares that come to one Tensor. ours: nothing else holds that array, so it may be added to."""
+    """The sum of the gradients that one Tensor gets from the operations that use it.
+
+    ours: whether nothing else refers to the array `total`, so that it can be added to in place.
+    """
 
     def __init__(self, total=None):
         self.total, self.ours = total, True
@@ -137,23 +144,23 @@ class Gradient:
             self.total, self.ours = self.total.copy(), True
         return self.total
 
-    def add(self, share, x, dy):
-        """x: the array whose gradient this is; dy: the gradient that the share was computed from."""
-        if isinstance(share, At):
+    def add(self, part, x, dy):
+        """Add a gradient. x: the array whose gradient this is; dy: the gradient that part was computed from."""
+        if isinstance(part, At):
             self.total = np.zeros_like(x) if self.total is None else self.total
-            add_at(self.own(), *share)
+            add_at(self.own(), *part)
             return
-        share = np.asarray(unbroadcast(share, x.shape), x.dtype)
+        part = np.asarray(unbroadcast(part, x.shape), x.dtype)
         if self.total is None:
-            self.total, self.ours = share, share.flags.writeable and not np.may_share_memory(share, dy)
+            self.total, self.ours = part, part.flags.writeable and not np.may_share_memory(part, dy)
         elif self.ours:
-            self.total += share
+            self.total += part
         else:
-            self.total, self.ours = np.asarray(self.total + share), True
+            self.total, self.ours = np.asarray(self.total + part), True
 
 
 def unbroadcast(dy, shape):
-    """Sums over the axes along which an array of this shape was repeated to become one of dy's."""
+    """Sum dy over the axes along which an array of this shape was broadcast to dy's shape."""
     if dy.shape == shape:
         return dy
     dy = dy.sum(axis=tuple(range(dy.ndim - len(shape))))
@@ -161,23 +168,26 @@ def unbroadcast(dy, shape):
 
 
 def add_at(total, index, values):
-    """total[index] += values, also where an index occurs twice. np.add.at does that for all, ten times slower."""
+    """Compute total[index] += values, adding every value where an index occurs twice.
+
+    np.add.at does that for any index, ten times slower.
+    """
     parts = index if isinstance(index, tuple) else (index,)
-    if all(isinstance(part, int | slice | type(...) | None) for part in parts):  # nothing can occur twice
+    if all(isinstance(part, int | slice | type(...) | None) for part in parts):  # no index occurs twice
         total[index] += values
     elif isinstance(index, np.ndarray) and index.dtype.kind in "iu" and index.size:  # token ids
         ids = index.reshape(-1).astype(np.intp) % len(total)  # -1 is the last
-        order = np.argsort(ids, kind="stable")  # equal ids side by side: their rows are summed in one go
+        order = np.argsort(ids, kind="stable")  # equal ids become neighbors; their rows are summed
         ids, starts = np.unique(ids[order], return_index=True)
         total[ids] += np.add.reduceat(values.reshape(order.size, *total.shape[1:])[order], starts)
     else:
         np.add.at(total, index, values)
 
 
-# An operation is a function from arrays to its value and, argument by argument, the function from dy, the gradient of
-# the value, to the gradient of the argument (Griewank & Walther 2008, section 3.2).
+# An operation is a function from arrays to its value and, for each argument, a function from dy, the gradient of the
+# value, to the gradient of that argument (Griewank & Walther 2008, section 3.2).
 
-OPERATIONS = {}  # by the function of NumPy that each stands for when that meets a Tensor
+OPERATIONS = {}  # by the function of NumPy that each replaces when an argument is a Tensor
 
 
 def operation(function):
@@ -190,7 +200,8 @@ def operation(function):
 
 def unsupported(name, options=()):
     name = f"np.{name}" + (f" with {', '.join(options)}" if options else "")
-    return NotImplementedError(f"{name} has no derivative in autograd.py; add it there, or take the Tensor's .data")
+    remedy = "add it to training/autograd.py, or take the Tensor's .data"
+    return NotImplementedError(f"{name} has no derivative here; {remedy}")
 
 
 def array_of(x):
@@ -198,20 +209,20 @@ def array_of(x):
 
 
 def apply(ours, name, inputs, options):
-    """The value of an operation of ours on arrays, as a Tensor that knows which Tensors it was made of."""
+    """Apply one of OPERATIONS to arrays and Tensors; return a Tensor that records which Tensors it depends on."""
     try:
         value, *derivatives = ours(*map(array_of, inputs), **options)
-    except TypeError as error:  # an argument that NumPy's function has and ours lacks
+    except TypeError as error:  # an argument of NumPy's function that ours lacks
         raise unsupported(name, options or ["such arguments"]) from error
-    made_of = [(x, derivative) for x, derivative in zip(inputs, derivatives, strict=False) if isinstance(x, Tensor)]
-    return Tensor(value, [x for x, _ in made_of], lambda dy: (derivative(dy) for _, derivative in made_of))
+    parents = [(x, derivative) for x, derivative in zip(inputs, derivatives, strict=False) if isinstance(x, Tensor)]
+    return Tensor(value, [x for x, _ in parents], lambda dy: (derivative(dy) for _, derivative in parents))
 
 
 def fuse(forward, backward):
-    """forward, a function of arrays, as one operation, recorded when an argument is a Tensor.
+    """Return forward, a function of arrays, as a single operation that also takes Tensors.
 
-    backward(dy, y, *arrays) returns the gradients of all arguments in their order, each an array of its own, None for
-    one that has none; y is forward(*arrays).
+    backward(dy, y, *arrays), where y is forward(*arrays), returns the gradients of all arguments in their order: new
+    arrays, or None for an argument without a gradient.
     """
     signature = inspect.signature(forward)
 
@@ -262,7 +273,7 @@ def divide(a, b):
 @operation(np.power)
 def power(a, b):
     y = a**b
-    return y, lambda dy: dy * b * a ** (b - (b != 0)), lambda dy: dy * y * np.log(a)  # a**0 has none at 0 either
+    return y, lambda dy: dy * b * a ** (b - (b != 0)), lambda dy: dy * y * np.log(a)  # a**0 has derivative 0, at 0 too
 
 
 @operation(np.sqrt)
@@ -314,13 +325,13 @@ def mean(x, axis=None, keepdims=False):
 
 @operation(np.max)
 def max_(x, axis=None, keepdims=False):
-    highest = x == np.max(x, axis=axis, keepdims=True)  # equals share the gradient
-    share = highest / np.sum(highest, axis=axis, keepdims=True, dtype=x.dtype)
-    return np.max(x, axis=axis, keepdims=keepdims), lambda dy: restore(dy, axis, keepdims) * share
+    highest = x == np.max(x, axis=axis, keepdims=True)  # equal maxima share the gradient
+    weight = highest / np.sum(highest, axis=axis, keepdims=True, dtype=x.dtype)
+    return np.max(x, axis=axis, keepdims=keepdims), lambda dy: restore(dy, axis, keepdims) * weight
 
 
 def restore(dy, axis, keepdims):
-    """dy with the axes that a sum removed, each of length 1."""
+    """Return dy with the axes that a sum removed, each with length 1."""
     return dy if keepdims or axis is None else np.expand_dims(dy, axis)
 
 
@@ -344,10 +355,10 @@ def getitem(x, index):
 
 
 def split(x, n, axis=0):
-    """np.split into n equal parts: as many slices."""
+    """np.split into n equal parts, as n slices."""
     if not isinstance(n, int):
         raise unsupported("split", ["indices"])
     if x.shape[axis] % n:
-        raise ValueError(f"an axis of length {x.shape[axis]} has no {n} equal parts")
+        raise ValueError(f"an axis of length {x.shape[axis]} cannot be split into {n} equal parts")
     length, before = x.shape[axis] // n, (slice(None),) * (axis % x.ndim)
     return [x[(*before, slice(i * length, (i + 1) * length))] for i in range(n)]

@@ -1,35 +1,36 @@
-"""A figure of matplotlib's into a file, in the format that its ending names, and the mistakes there are."""
+"""Save matplotlib figures as PNG, SVG or PDF; report what is missing before work is lost."""
 
 import os
 
 from weights.errors import UserError
 from weights.files import atomic_write, check_writable
 
-REMEDY = "choose another place for the picture"
+REMEDY = "choose another path for the figure"
 
 
 def check_picture(path, remedy=REMEDY):
-    """Raises UserError where save_figure would fail, before there is work to lose."""
+    """Raise UserError if save_figure would fail for this path."""
     try:
-        import matplotlib.figure  # noqa: F401 (whether it can be)
+        import matplotlib.figure  # noqa: F401 (imported to see whether it is installed)
     except ImportError as error:
-        raise UserError(f"drawing {path} takes matplotlib ({error}); pip install matplotlib") from None
-    if ending(path) not in ("png", "svg", "pdf"):
-        raise UserError(f"{path!r} has no ending that names a picture; choose a name with .png, .svg or .pdf")
+        raise UserError(f"drawing {path} needs matplotlib ({error}); pip install matplotlib") from None
+    if extension(path) not in ("png", "svg", "pdf"):
+        raise UserError(f"{path!r} does not end in .png, .svg or .pdf; choose a name that does")
     check_writable(path, remedy)
 
 
 def new_figure(width, height):
-    """In inches."""
+    """Return an empty matplotlib figure. width, height: inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(figure, path, remedy=REMEDY):
+    """Write the figure in the format of the path's extension. Raises UserError if the path cannot be written."""
     with atomic_write(path, remedy) as f:
-        figure.savefig(f, format=ending(path), dpi=120)
+        figure.savefig(f, format=extension(path), dpi=120)
 
 
-def ending(path):
+def extension(path):
     return os.path.splitext(path)[1][1:].lower()

@@ -1,9 +1,9 @@
-"""gpt2.py for training: the same functions, with dropout between them and a faster way back through three of them.
+"""gpt2.py for training: the same functions, with dropout between them and hand-written backward passes for three.
 
-autograd.py differentiates gelu as it stands, product by product, each with an array to keep and a pass over memory.
-Here its forward is still gpt2.gelu, and its backward is one function; softmax, layer_norm and the loss likewise. All go
-over a few rows at a time, so that what they make on the way stays in the processor's cache. docs/backward.md derives
-the four backwards.
+autograd.py differentiates gelu operation by operation, each with an array to keep and a pass over memory. Here the
+forward pass is still gpt2.gelu, and its backward pass is one function; softmax, layer_norm and the loss likewise. All
+process a few rows at a time, so that temporary arrays stay in the processor's cache. docs/backward.md derives the four
+backward passes.
 """
 
 import math
@@ -13,23 +13,19 @@ import numpy as np
 import gpt2
 from engines.instance import new_instance
 from training.autograd import fuse
-
-PIECE = 2**15  # numbers in a few rows: 128 KiB, of which several fit into the cache of a core
-
-
-def pieces(x):
-    """Slices of the rows of x, [..., n] taken as [rows, n], each of about PIECE numbers."""
-    n_rows, step = x.size // x.shape[-1], max(1, PIECE // x.shape[-1])
-    return [slice(i, i + step) for i in range(0, n_rows, step)]
+from training.chunks import chunks
 
 
 def by_rows(function, *inputs):  # [..., n] -> [..., n]
-    """function(*inputs), some [..., n], some [n], for a function that treats every row by itself."""
+    """Return function(*inputs), computed a few rows at a time. Each input is [..., n] or [n].
+
+    The function must treat every row independently of the others.
+    """
     if inputs[0].ndim == 1:
         return function(*inputs)
     flat = [x.reshape(-1, x.shape[-1]) if x.ndim > 1 else x for x in inputs]
     y = np.empty_like(flat[0])
-    for rows in pieces(y):
+    for rows in chunks(*y.shape):
         y[rows] = function(*(x[rows] if x.ndim > 1 else x for x in flat))
     return y.reshape(inputs[0].shape)
 
@@ -45,10 +41,10 @@ def softmax_backward(dy, y):  # [..., n], [..., n] -> [..., n]
 
 
 def layer_norm_backward(dy, x, g, eps=1e-5):  # [..., n], [..., n], [n] -> [..., n], [n], [n]
-    """The gradients of x, g and b."""
+    """Return the gradients of x, g and b."""
     flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     dx, dg = np.empty_like(flat_x), np.zeros_like(g)
-    for rows in pieces(x):
+    for rows in chunks(*flat_x.shape):
         x_hat = flat_x[rows] - np.mean(flat_x[rows], axis=-1, keepdims=True)
         scale = 1 / np.sqrt(np.mean(x_hat * x_hat, axis=-1, keepdims=True) + eps)
         x_hat *= scale
@@ -61,41 +57,41 @@ def layer_norm_backward(dy, x, g, eps=1e-5):  # [..., n], [..., n], [n] -> [...,
 
 
 def token_losses(logits, targets):  # [..., n_seq, n_vocab], [..., n_seq] -> [..., n_seq]
-    """-log softmax(logits)[target] of every position, in nats."""
+    """Return -log softmax(logits)[target] of every position, in nats."""
     flat, flat_targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     losses = np.empty(len(flat), logits.dtype)
-    for rows in pieces(flat):
+    for rows in chunks(*flat.shape):
         z = flat[rows] - np.max(flat[rows], axis=-1, keepdims=True)  # so that exp cannot overflow
         losses[rows] = np.log(np.sum(np.exp(z), axis=-1)) - z[np.arange(len(z)), flat_targets[rows]]
     return losses.reshape(targets.shape)
 
 
 def mean_loss_backward(logits, targets, dy):  # [..., n_seq, n_vocab], [..., n_seq] -> [..., n_seq, n_vocab]
-    """The gradient of the logits where that of the mean of token_losses is dy, a number."""
+    """Return the gradient of the logits; dy, a float, is that of the mean of token_losses."""
     flat, flat_targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     dx = np.empty_like(flat)
-    for rows in pieces(flat):
+    for rows in chunks(*flat.shape):
         y = gpt2.softmax(flat[rows])
         y[np.arange(len(y)), flat_targets[rows]] -= 1
         dx[rows] = y * (dy / len(flat))
     return dx.reshape(logits.shape)
 
 
-cross_entropy = fuse(  # [..., n_seq, n_vocab], [..., n_seq] -> one number, the mean of token_losses
+cross_entropy = fuse(  # [..., n_seq, n_vocab], [..., n_seq] -> scalar, the mean of token_losses
     lambda logits, targets: np.mean(token_losses(logits, targets)),
     lambda dy, y, logits, targets: [mean_loss_backward(logits, targets, float(dy)), None],
 )
 
 
 class Dropout:
-    """Sets each number to 0 with probability p and divides the others by 1 - p (Srivastava et al. 2014, section 10)."""
+    """Set each element to 0 with probability p and divide the others by 1 - p (Srivastava et al. 2014, section 10)."""
 
     def __init__(self, p):
-        self.threshold = min(round(p * 2**16), 2**16 - 1)  # a draw takes 16 bits: p is kept to 1/65536
+        self.threshold = min(round(p * 2**16), 2**16 - 1)  # masks take 16 random bits per element
         self.seed(0)
 
     def seed(self, *numbers):
-        """What is drawn from now on follows from these numbers alone."""
+        """Restart the random generator; the masks from now on depend on these integers alone."""
         self.bits = np.random.SFC64(numbers)
 
     def mask(self, shape):
@@ -104,22 +100,22 @@ class Dropout:
         return (numbers >= self.threshold).reshape(shape)
 
     def after(self, function):
-        """The function with its result thinned out."""
+        """Return a function that applies dropout to the result of this one."""
         scale = 2**16 / (2**16 - self.threshold)
         keep = fuse(lambda x, mask: x * mask * scale, lambda dy, y, x, mask: [dy * mask * scale, None])
 
-        def thinned(*args, **kwargs):
+        def with_dropout(*args, **kwargs):
             x = function(*args, **kwargs)
             return keep(x, self.mask(x.shape))
 
-        return thinned
+        return with_dropout
 
 
 def training_model(dropout=0.0):
-    """The module gpt2 once more, from its own source, with the operations above in place of the functions they equal.
+    """Return a new instance of the module gpt2 that has the functions above in place of its own.
 
-    dropout: the share that is dropped of the embeddings, of the attention weights, and of what attention and ffn add
-    to the residual stream (Radford et al. 2018, section 4.1). `.drop.seed()` begins its draws anew.
+    dropout: probability of zeroing an element of the embeddings, of the attention weights, and of what attention and
+    ffn add to the residual stream (Radford et al. 2018, section 4.1). `.drop.seed()` restarts its random generator.
     """
     model = new_instance()
     gelu, softmax, layer_norm = model.gelu, model.softmax, model.layer_norm

@@ -1,1 +1,1 @@
-"""Model files: names, formats, downloads. Imports nothing else of this project."""
+"""The files of a model: names, formats, downloads; imports nothing of this project outside this folder."""

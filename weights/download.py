@@ -1,4 +1,4 @@
-"""Fetch a file over HTTP so that it is either whole or not there: resumed, retried, checked, renamed at the end."""
+"""Download a file over HTTP: resume and retry, check size and hash, and rename the complete file at the end."""
 
 import contextlib
 import hashlib
@@ -8,19 +8,19 @@ import time
 
 from weights.errors import UserError
 
-TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
-ATTEMPTS = 5  # in a row without a new byte
-BACK_OFF = 1.0  # seconds before the second attempt, doubled before each one after it
-CHUNK = 2**14  # bytes; what a broken connection has brought of one is lost
+TIMEOUT = (10, 30)  # seconds to connect, seconds between two reads
+ATTEMPTS = 5  # consecutive attempts that bring no new byte
+BACK_OFF = 1.0  # seconds before the second attempt; doubles before each further one
+CHUNK = 2**14  # bytes; an incomplete chunk is lost when the connection breaks
 
 
 def download_file(url, path, size=None, sha256=None, remedy="set GPT2_BASE_URL to a mirror"):
-    """Fetches url into path.
+    """Download url to path.
 
-    The bytes gather in path.part. A connection that breaks is taken up where it broke (HTTP Range), also by the next
-    run; a server without Range is read from the start again. size (bytes) and sha256 are checked where given, the
-    server's Content-Length always; a file that fails is set aside as path.corrupt. remedy: what else a person can do.
-    Raises UserError when the server refuses, cannot be reached, sends something else, or the disk is too small.
+    The bytes are collected in path.part. After a broken connection the download resumes at the same byte (HTTP Range),
+    also in the next run; from a server without Range it starts again. The server's Content-Length is checked, as are
+    size (in bytes) and sha256 if given; a file that differs is renamed to path.corrupt. Raises UserError if the server
+    cannot be reached, refuses, or sends another file, and if the disk is too small; remedy ends the message.
     """
     import requests
 
@@ -33,7 +33,7 @@ def download_file(url, path, size=None, sha256=None, remedy="set GPT2_BASE_URL t
             return finish(url, path, size, sha256)
         except requests.RequestException as error:
             reason = explain(error)
-            if isinstance(error, ValueError):  # not a URL: no use in trying again
+            if isinstance(error, ValueError):  # not a URL
                 break
         except OSError as error:
             raise UserError(
@@ -45,7 +45,7 @@ def download_file(url, path, size=None, sha256=None, remedy="set GPT2_BASE_URL t
 
 
 def fetch_rest(url, path, size, remedy):
-    """One attempt: appends to path.part what it lacks of `size` bytes, or of as many as the server says there are."""
+    """Append the missing bytes to path.part, in one request; size is the size of the whole file, if known."""
     import requests
     from tqdm import tqdm
 
@@ -53,7 +53,7 @@ def fetch_rest(url, path, size, remedy):
     have = size_of(part)
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        begin = offset(response, part, have, remedy)
+        begin = first_byte(response, part, have, remedy)
         if begin is None:
             return
         length = response.headers.get("Content-Length", "")
@@ -67,14 +67,14 @@ def fetch_rest(url, path, size, remedy):
                 f.write(chunk)
                 bar.update(len(chunk))
     if total is not None and size_of(part) != total:
-        raise requests.ConnectionError(f"{size_of(part)} of {total} bytes came")
+        raise requests.ConnectionError(f"{size_of(part)} of {total} bytes received")
 
 
-def offset(response, part, have, remedy):
-    """Where in the file the response begins: at `have`, as was asked, or at 0 from a server without Range; None when
-    the `have` bytes are all there are.
+def first_byte(response, part, have, remedy):
+    """Return the position in the file of the response's first byte, or None if `have` bytes are the whole file.
 
-    Raises ConnectionError where another attempt may help, UserError where it will not.
+    The position is `have`, as requested, or 0 from a server without Range. Raises ConnectionError if another attempt
+    may help and UserError if not.
     """
     import requests
 
@@ -92,22 +92,22 @@ def offset(response, part, have, remedy):
     if status in (408, 429) or status >= 500:
         response.raise_for_status()
     what = f"the server answers {status} {response.reason}"
-    raise UserError(f"{response.url} cannot be had ({what}); check its name, or {remedy}")
+    raise UserError(f"{response.url} cannot be downloaded ({what}); check its name, or {remedy}")
 
 
 def finish(url, path, size, sha256):
-    """Renames the whole path.part to path, or to path.corrupt when it is not the file that was asked for."""
+    """Rename the complete path.part to path, or to path.corrupt if its size or hash is not the expected one."""
     found, expected = size_of(path + ".part"), size
     if expected in (None, found) and sha256 is not None:
         found, expected = sha256_of(path + ".part"), sha256
     if expected not in (None, found):
         os.replace(path + ".part", path + ".corrupt")
-        raise UserError(f"{url} came corrupt ({found}, not {expected}); run the same command to fetch it again")
+        raise UserError(f"{url} arrived corrupt ({found}, not {expected}); run the same command to download it again")
     os.replace(path + ".part", path)
 
 
 def check_space(path, n_bytes):
-    """Raises UserError unless the disk that path is on has room for n_bytes more."""
+    """Raise UserError unless the disk of path has n_bytes of free space."""
     free = shutil.disk_usage(os.path.dirname(path) or ".").free
     if n_bytes > free:
         raise UserError(
@@ -117,16 +117,18 @@ def check_space(path, n_bytes):
 
 
 def sha256_of(path):
+    """Return the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def size_of(path):
+    """Return the size of a file in bytes, 0 if it does not exist."""
     return os.path.getsize(path) if os.path.exists(path) else 0
 
 
 def explain(error):
-    """The innermost reason of a requests exception, in its own words, without the layers around it."""
+    """Return the message of the innermost exception that a requests exception wraps."""
     while True:
         inner = getattr(error, "reason", None) or next((a for a in error.args if isinstance(a, Exception)), None)
         if not isinstance(inner, Exception):

@@ -1,12 +1,12 @@
-"""What can go wrong through no fault of the program. The command line prints the message and exits with code 2."""
+"""Errors that the user can correct: the command line prints their message, one line, and exits with code 2."""
 
 
 class UserError(ValueError):
-    """Something the person at the keyboard can mend: one line that says what is wrong, the numbers, the remedy."""
+    """An error that the user can correct; the message says what is wrong, the numbers, and what to do."""
 
 
 class CorruptFile(UserError):
-    """A file of a model folder that is not what it should be."""
+    """A damaged file, found by its format, size or checksum."""
 
     def __init__(self, path, reason):
         super().__init__(f"{path} is corrupt ({reason}); put a good copy in its place")

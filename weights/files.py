@@ -1,8 +1,9 @@
-"""Files read and written whole: JSON objects in, anything out by way of a temporary file."""
+"""Read JSON and UTF-8 with errors that name the file, and write files atomically."""
 
 import contextlib
 import errno
 import json
+import mmap
 import os
 import tempfile
 
@@ -10,7 +11,7 @@ from weights.errors import CorruptFile, UserError
 
 
 def decode_utf8(data, source):
-    """Bytes to text; raises UserError, which names their source, where they are not UTF-8."""
+    """Return the text that data encodes; raise UserError, which names the source, if it is not UTF-8."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -19,7 +20,7 @@ def decode_utf8(data, source):
 
 
 def read_json(path):
-    """The object in a JSON file; raises CorruptFile when there is something else."""
+    """Return the dict in a JSON file; raise CorruptFile if it contains anything else."""
     try:
         with open(path, encoding="utf-8") as f:
             found = json.load(f)
@@ -30,11 +31,20 @@ def read_json(path):
     return found
 
 
+def map_file(path):
+    """Return the bytes of a file as a read-only memory map; raise CorruptFile for an empty file."""
+    with open(path, "rb") as f:
+        try:
+            return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise CorruptFile(path, "0 bytes") from None
+
+
 @contextlib.contextmanager
 def atomic_write(path, remedy="choose another --models_dir"):
-    """A binary file that takes path's place when all of it is written, and leaves nothing behind when it is not.
+    """Open a binary file that replaces path when the block ends, and is removed if the block raises an exception.
 
-    remedy: what a person can do, besides making room, where that fails with a UserError.
+    Raises UserError if writing fails; remedy is what the message suggests besides making room.
     """
     try:
         with open(path + ".tmp", "wb") as f:
@@ -48,10 +58,10 @@ def atomic_write(path, remedy="choose another --models_dir"):
 
 
 def check_writable(path, remedy):
-    """Raises UserError where atomic_write() would, before there is work to lose."""
+    """Raise UserError if a file cannot be written there, before any work is lost; remedy ends the message."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError(errno.EEXIST, "it is there and is no file")
+            raise OSError(errno.EEXIST, "it exists and is no file")
         with tempfile.TemporaryFile(dir=os.path.dirname(path) or "."):
             pass
     except OSError as error:
@@ -59,4 +69,5 @@ def check_writable(path, remedy):
 
 
 def same_file(path, other):
+    """Return whether both paths exist and lead to the same file."""
     return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)

@@ -1,4 +1,4 @@
-"""The tensors of a GPT-2: their names, shapes and nesting, and the hyperparameters these follow from."""
+"""The hyperparameters of a GPT-2, and the names, shapes and nesting of its tensors."""
 
 import functools
 import math
@@ -11,7 +11,10 @@ from weights.files import read_json
 
 
 def load_hparams(model_dir):
-    """n_vocab, n_ctx, n_embd, n_head and n_layer from hparams.json, or from a config.json that describes GPT-2."""
+    """Return a dict of n_vocab, n_ctx, n_embd, n_head and n_layer from hparams.json, or else from config.json.
+
+    Raises CorruptFile or UserError, which name the file, for values that are not those of a GPT-2.
+    """
     path = os.path.join(model_dir, "hparams.json")
     if os.path.exists(path):
         found = read_json(path)
@@ -29,7 +32,7 @@ def load_hparams(model_dir):
 
 
 def hparams_from_config(path, config):
-    """Hugging Face's names; raises UserError when the config asks for something that is not GPT-2 as released."""
+    """Return the hyperparameters in Hugging Face's config; raise UserError if it describes another architecture."""
     required = {
         "model_type": ("gpt2",),
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -41,15 +44,15 @@ def hparams_from_config(path, config):
     }
     for name, accepted in required.items():
         if config.get(name, accepted[0]) not in accepted:
-            raise UserError(f"{path}: {name} is {config[name]!r}; only GPT-2 is run here, which has {accepted[0]!r}")
+            raise UserError(f"{path}: {name} is {config[name]!r}; only GPT-2 is supported, which has {accepted[0]!r}")
     n_inner, n_embd = config.get("n_inner"), config.get("n_embd")
     if n_inner is not None and isinstance(n_embd, int) and n_inner != 4 * n_embd:
-        raise UserError(f"{path}: n_inner is {n_inner!r}; only GPT-2 is run here, which has 4*n_embd = {4 * n_embd}")
+        raise UserError(f"{path}: n_inner is {n_inner!r}; only GPT-2 is supported, which has 4*n_embd = {4 * n_embd}")
     return config | {"n_vocab": config.get("vocab_size"), "n_ctx": config.get("n_positions", config.get("n_ctx"))}
 
 
 def tensor_shapes(n_vocab, n_ctx, n_embd, n_head, n_layer):
-    """The shape of every tensor of a GPT-2, by its name in OpenAI's checkpoint (less the "model/" before each)."""
+    """Return the shape of each tensor by its name in OpenAI's checkpoint, without the prefix "model/"."""
     block = {
         "ln_1/g": (n_embd,),
         "ln_1/b": (n_embd,),
@@ -71,23 +74,23 @@ def tensor_shapes(n_vocab, n_ctx, n_embd, n_head, n_layer):
 
 
 def n_params(shapes):
-    """The number of elements in tensors of these shapes, a dict by name."""
+    """Return the number of parameters in tensors of these shapes, a dict by name."""
     return sum(math.prod(shape) for shape in shapes.values())
 
 
 def hugging_face_name(name):
-    """h0/attn/c_attn/w -> h.0.attn.c_attn.weight"""
+    """Return Hugging Face's name for a tensor: h0/attn/c_attn/w -> h.0.attn.c_attn.weight."""
     *scopes, leaf = re.sub(r"^h(\d+)/", r"h/\1/", name).split("/")
     return ".".join([*scopes, {"b": "bias", "g": "weight", "w": "weight"}.get(leaf, leaf + ".weight")])
 
 
 def key_path(name):
-    """h0/ln_1/g -> ["blocks", 0, "ln_1", "g"]"""
+    """Return the keys that lead to a tensor in the nested params: h0/ln_1/g -> ["blocks", 0, "ln_1", "g"]."""
     return [int(key) if key.isdigit() else key for key in re.sub(r"^h(\d+)/", r"blocks/\1/", name).split("/")]
 
 
 def nest(tensors, n_layer):
-    """Tensors by checkpoint name to the nested dict that gpt2() takes: h0/ln_1/g is blocks[0]["ln_1"]["g"]."""
+    """Return the nested dict that gpt2() takes, given the tensors by name: h0/ln_1/g is blocks[0]["ln_1"]["g"]."""
     params = {"blocks": [{} for _ in range(n_layer)]}
     for name, tensor in tensors.items():
         *scopes, leaf = key_path(name)
@@ -99,20 +102,22 @@ def nest(tensors, n_layer):
 
 
 def flatten(params, hparams):
-    """The reverse of nest: tensors by checkpoint name."""
+    """Return the tensors by name, given the nested dict: the inverse of nest()."""
     return {name: functools.reduce(operator.getitem, key_path(name), params) for name in tensor_shapes(**hparams)}
 
 
 def check_names(path, expected, found):
+    """Raise UserError unless the file has exactly the expected tensors."""
     for name in sorted(set(expected) ^ set(found)):
         has, wants = ("lacks", "needs") if name in expected else ("has", "does not know")
         raise UserError(f"{path} {has} the tensor {name}, which a model of its hparams {wants}; correct the hparams")
 
 
 def check_tensor(path, name, shape, dtype, expected_shape, expected_dtype):
+    """Raise UserError unless a tensor of the file has the expected shape and dtype."""
     if list(shape) != list(expected_shape):
         raise UserError(
             f"{path}: {name} has shape {list(shape)}, its hparams say {list(expected_shape)}; correct the hparams"
         )
     if dtype != expected_dtype:
-        raise UserError(f"{path}: {name} is {dtype}; only {expected_dtype} is run here: convert the file")
+        raise UserError(f"{path}: {name} is {dtype}; only {expected_dtype} is supported: convert the file")

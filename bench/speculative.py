@@ -1,12 +1,13 @@
-"""Guessing tokens against going token by token, at 124M and 1558M shape: python bench/speculate.py [ROUNDS]
+"""Speculative decoding against token-by-token decoding, at 124M and 1558M shape: python bench/speculative.py [ROUNDS]
 
-The weights are random, and say nothing that one could guess. So known texts are replayed: a sampler hands out their
-tokens whatever the logits, and a guess is right where the text has that token; every pass is made in full. The texts:
-what models/shakespeare continues four prompts with, greedily (its window slides on by half when it is full); a passage
-eight times over; the begin of tinyshakespeare, where it is; and tokens of which none comes twice.
+The weights are random, so nothing in what they generate could be predicted. Known texts are replayed instead: the
+sampler returns the text's tokens whatever the logits, a draft token is accepted where the text has it, and every pass
+is made in full. The texts: greedy continuations of four prompts by models/shakespeare (each time its context is full,
+the older half is dropped); a passage repeated eight times; the beginning of tinyshakespeare, if it is available; and
+tokens without any repetition.
 
-A draft of 124M shape guesses for 1558M; what it says is replaced, with the chance given, by the text's next token, or
-else by another one.
+For 1558M a model of 124M shape drafts. Each draft token is replaced by the text's next token with the given acceptance
+rate, and by another one otherwise.
 """
 
 import sys
@@ -27,7 +28,7 @@ PROMPTS = ["ROMEO:", "First Citizen:", "KING", "JULIET:\nO Romeo"]
 
 
 def recorded(prompt, n_tokens):
-    """Ids of models/shakespeare: a prompt and what follows it."""
+    """Return the ids of a prompt and of its greedy continuation by models/shakespeare."""
     encoder, hparams, params = load_encoder_hparams_and_params("shakespeare", "models")
     text, n_ctx = encoder.encode(prompt), hparams["n_ctx"]
     while len(text) < n_tokens:
@@ -37,7 +38,7 @@ def recorded(prompt, n_tokens):
 
 
 def texts():
-    """{name: ids}, each of N_PROMPT + N_TOKENS"""
+    """Return {name: ids}, N_PROMPT + N_TOKENS ids each."""
     n, rng = N_PROMPT + N_TOKENS, np.random.default_rng(0)
     found = {f"shakespeare, {prompt.split(chr(10))[0]}": recorded(prompt, n) for prompt in PROMPTS}
     found["a passage of 77, eight times"] = (rng.permutation(SIZE_124M["n_vocab"])[:77].tolist() * 8)[:n]
@@ -51,7 +52,7 @@ def texts():
 
 
 def replay(text):
-    """A sampler that says a text whatever the logits; it looks at them as argmax does."""
+    """Return a sampler that returns the tokens of a text; it reads the logits as greedy decoding does."""
     left = iter(text[N_PROMPT:])
 
     def sample(logits):
@@ -62,7 +63,7 @@ def replay(text):
 
 
 def seconds_for(tokens):
-    """How long each token takes after the first, in all."""
+    """Return the time of all tokens after the first."""
     next(tokens)
     start = time.perf_counter()
     for _ in tokens:
@@ -70,49 +71,46 @@ def seconds_for(tokens):
     return time.perf_counter() - start
 
 
-def lookup_times(text, params, n_head, rounds):
-    """(passes, [seconds plain, with lookup, with auto] of each round)"""
-    times, n = [], len(text) - N_PROMPT
+def lookup_times(text, params, small, n_head, rounds):
+    """Return (passes, [seconds plain, seconds with lookup] of each round)."""
+    times, n, (model, small_params) = [], len(text) - N_PROMPT, small
     for _ in range(rounds):
-        spent = [seconds_for(gpt2.generate_tokens(text[:N_PROMPT], params, n_head, n, replay(text)))]
-        for eager in (False, True):
-            speculation = Speculation(params, n_head, eager=eager)
-            spent.insert(1, seconds_for(speculation.generate_tokens(text[:N_PROMPT], n, replay(text))))
-        times.append(spent)
-    return speculation.passes, times
+        speculation = Speculation(small_params, n_head, model=model)
+        plain = seconds_for(gpt2.generate_tokens(text[:N_PROMPT], params, n_head, n, replay(text)))
+        times.append([plain, seconds_for(speculation.generate_tokens(text[:N_PROMPT], n, replay(text)))])
+    return speculation.n_passes, times
 
 
 def lookup_row(name, passes, times, n):
-    plain, *others = zip(*times, strict=True)
-    speeds = [f"{(n - 1) / median(spent):.0f}" for spent in (plain, *others)]
-    ratios = [f"{median(a / b for a, b in zip(plain, spent, strict=True)):.2f}" for spent in others]
-    return [name, f"{n / passes:.2f}", *speeds, *ratios]
+    plain, lookup = zip(*times, strict=True)
+    speeds = [f"{(n - 1) / median(spent):.0f}" for spent in (plain, lookup)]
+    return [name, f"{n / passes:.2f}", *speeds, f"{median(a / b for a, b in times):.2f}"]
 
 
 def lookup_rows(params, n_head, rounds):
-    found = {name: lookup_times(text, params, n_head, rounds) for name, text in texts().items()}
+    small = small_batch_model(params, n_head)
+    found = {name: lookup_times(text, params, small, n_head, rounds) for name, text in texts().items()}
     rows = [lookup_row(name, *result, N_TOKENS) for name, result in found.items()]
-    ours = list(found.values())[: len(PROMPTS)]  # the bundled model's, as one long text
+    ours = list(found.values())[: len(PROMPTS)]  # those of the bundled model, as one long text
     times = np.sum([times for _, times in ours], axis=0).tolist()
     rows.insert(len(PROMPTS), lookup_row("these together", sum(p for p, _ in ours), times, N_TOKENS * len(PROMPTS)))
     return rows
 
 
-class PartlyRight:
-    """A draft whose guesses are those of a text as often as wanted."""
+class ReplayedDraft:
+    """A Draft whose tokens are replaced so that the given share of them is accepted."""
 
     def __init__(self, draft, text, rate):
-        self.draft, self.text, self.rate, self.cost = draft, text, rate, draft.cost
+        self.drafter, self.text, self.rate, self.cost = draft, text, rate, draft.cost
         self.rng = np.random.default_rng(0)
 
-    def guess(self, text, n):
-        guessed = self.draft.guess(text, n)
-        places = range(len(text), len(text) + len(guessed))
+    def draft(self, text, n):
+        places = range(len(text), len(text) + len(self.drafter.draft(text, n)))
         return [self.text[i] if self.rng.random() < self.rate else self.text[i] ^ 1 for i in places]
 
 
 def some_params(hparams):
-    """Weights of a shape, all from a few random numbers: how long a product takes does not depend on them."""
+    """Return parameters that repeat a few random numbers: the time of a product does not depend on them."""
     numbers = 0.02 * np.random.default_rng(0).standard_normal(10**6, dtype=np.float32)
     tensors = {name: np.resize(numbers, shape) for name, shape in tensor_shapes(**hparams).items()}
     return nest(tensors, hparams["n_layer"])
@@ -124,21 +122,22 @@ def draft_rows(rounds):
     params, n_head = some_params(SIZE_1558M), SIZE_1558M["n_head"]
     text = np.random.default_rng(0).permutation(SIZE_124M["n_vocab"])[: N_PROMPT + N_DRAFTED].tolist()
     cost = n_params(tensor_shapes(**small)) / n_params(tensor_shapes(**SIZE_1558M))
-    speculation, rates = Speculation(params, n_head), (0.5, 0.7, 0.9)
+    model, laid_out = small_batch_model(params, n_head)
+    speculation, rates = Speculation(laid_out, n_head, model=model), (0.5, 0.7, 0.9)
     plain, spent, passes = [], {rate: [] for rate in rates}, {}
     for _ in range(rounds):
         plain.append(seconds_for(gpt2.generate_tokens(text[:N_PROMPT], params, n_head, N_DRAFTED, replay(text))))
         for rate in rates:
-            speculation.make_guesser = lambda rate=rate: PartlyRight(
+            speculation.make_drafter = lambda rate=rate: ReplayedDraft(
                 Draft(small_params, small["n_head"], cost, draft_model), text, rate
             )
-            speculation.passes = 0
+            speculation.reset_counts()
             spent[rate].append(seconds_for(speculation.generate_tokens(text[:N_PROMPT], N_DRAFTED, replay(text))))
-            passes[rate] = speculation.passes
+            passes[rate] = speculation.n_passes
     n = N_DRAFTED - 1
     return [
         [
-            f"1558M, draft 124M right {rate}",
+            f"1558M, draft 124M, acceptance rate {rate}",
             f"{N_DRAFTED / passes[rate]:.2f}",
             f"{n / median(plain):.2f}",
             f"{n / median(spent[rate]):.2f}",
@@ -153,9 +152,9 @@ def main():
     print(f"{machine()}; {N_TOKENS} tokens of each text, medians of {rounds} rounds in turns")
     _, hparams, params = model_124m()
     seconds_for(gpt2.generate_tokens([1], params, hparams["n_head"], 4))
-    head = ["text, 124M shape", "tokens a pass", "tokens/s: plain", "lookup", "auto", "lookup / plain", "auto / plain"]
+    head = ["text, 124M shape", "tokens per pass", "tokens/s: plain", "lookup", "speedup"]
     table(head, lookup_rows(params, hparams["n_head"], rounds))
-    table(["model", "tokens a pass", "tokens/s: plain", "draft", "draft / plain"], draft_rows(rounds))
+    table(["model", "tokens per pass", "tokens/s: plain", "draft", "speedup"], draft_rows(rounds))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Many prompts at once, and what a pass over several tokens costs: python bench/batch.py [ROUNDS]
+"""Batches of prompts, and the cost of a pass over several tokens: python bench/batching.py [ROUNDS]
 
-The first table is the time of one pass over k tokens of one text, over that of the plain pass of one token, in the same
-round. The second is tokens a second of whole batches, prompts of 32 tokens included, beside the engines of peers.py.
+The first table has the time of one pass over k tokens of one text. A cost is this time divided by that of a pass of
+gpt2 over one token, in the same round. The second table has the speed of whole batches of prompts of 32 tokens, for the
+engines of inference_engines.py. A speedup is the time of the other engine divided by ours; above 1, ours is faster.
 """
 
 import sys
@@ -9,9 +10,9 @@ import time
 
 import numpy as np
 from common import bandwidth, machine, median, model_124m, random_ids, read_seconds, seconds, spread, table
+from inference_engines import engines, in_turn
 
 import gpt2
-from engines import engines, in_turn
 from engines.parallel import small_batch_model
 
 PASSES, N_TOKENS, IDLE = 7, 33, 0.3
@@ -19,7 +20,7 @@ BATCHES = (1, 8, 32)
 
 
 def pass_seconds(model, params, n_head, context, k):
-    """The median time of some passes over k tokens behind a context."""
+    """Return the median time of PASSES passes over k tokens after a context."""
     cache = [model.KVCache(context + k) for _ in params["blocks"]]
     model.prefill(random_ids(context), params, n_head, cache)
     spent = []
@@ -34,38 +35,30 @@ def pass_table(rounds):
     _, hparams, params = model_124m()
     n_head = hparams["n_head"]
     start = time.perf_counter()
-    laid_out = small_batch_model(params, n_head)
-    print(f"laid out in {time.perf_counter() - start:.2f} s")
+    small_batch = small_batch_model(params, n_head)
+    print(f"small_batch_model: copied in {time.perf_counter() - start:.2f} s")
     rows = []
     for context in (32, 512):
         for k in (1, 2, 4, 8, 16, 32):
-            plain, packed, few, speeds = [], [], [], []
+            plain, several, small, speeds = [], [], [], []
             for _ in range(rounds):
                 speeds.append(bandwidth([read_seconds()]))
                 plain.append(pass_seconds(gpt2, params, n_head, context, 1))
-                packed.append(pass_seconds(gpt2, params, n_head, context, k))
-                few.append(pass_seconds(*laid_out, n_head, context, k))
-            cells = [f"{1000 * median(plain):.1f}", f"{1000 * median(packed):.1f}", f"{1000 * median(few):.1f}"]
-            rows.append([context, k, *cells, ratio(packed, plain), ratio(few, plain), f"{median(speeds) / 1e9:.1f}"])
-    head = [
-        "context",
-        "k",
-        "plain pass of 1 ms",
-        "plain of k",
-        "small_batch_model",
-        "plain / 1",
-        "few / 1",
-        "read GB/s",
-    ]
+                several.append(pass_seconds(gpt2, params, n_head, context, k))
+                small.append(pass_seconds(*small_batch, n_head, context, k))
+            cells = [f"{1000 * median(plain):.1f}", f"{1000 * median(several):.1f}", f"{1000 * median(small):.1f}"]
+            rows.append([context, k, *cells, ratio(several, plain), ratio(small, plain), f"{median(speeds) / 1e9:.1f}"])
+    head = ["context", "k", "gpt2.py, 1 token, ms", "gpt2.py, k tokens, ms", "small-batch model, k tokens, ms"]
+    head += ["cost in gpt2.py", "cost in the small-batch model", "read GB/s"]
     table(head, rows)
 
 
-def ratio(ours, theirs):
-    return spread([a / b for a, b in zip(ours, theirs, strict=True)])
+def ratio(times, others):
+    return spread([a / b for a, b in zip(times, others, strict=True)])
 
 
 def measure(engine, n_rows, n_tokens):
-    """(ids of each row, seconds a pass after the first, seconds in all) for prompts of 32 ids."""
+    """Return (ids of each row, seconds per pass after the first, seconds in all) for prompts of 32 ids."""
     rows = [np.random.default_rng(i).integers(0, 50257, 32).tolist() for i in range(n_rows)]
     time.sleep(IDLE)
     first = seconds(lambda: engine.run_batch(rows, 1))
@@ -88,12 +81,12 @@ def batch_table(found, rounds):
             compared = [results[key] for key in ((n_rows, engine), (n_rows, found[0]), (1, engine))]
             speed = f"{median(speeds[n_rows]) / 1e9:.1f}"
             rows.append([n_rows, engine.name, *columns(n_rows, *compared), speed])
-    head = ["batch", "engine", "ms a pass", "tokens/s", "times one row", "ours / theirs"]
-    table([*head, "tokens/s with prompts", "ours / theirs", "same ids", "read GB/s"], rows)
+    head = ["batch", "engine", "ms per pass", "tokens/s", "times one row", "speedup"]
+    table([*head, "tokens/s with prompts", "speedup", "same ids", "read GB/s"], rows)
 
 
 def columns(n_rows, theirs, ours, alone):
-    """An engine's cells from its results of each round, those of ours, and its own for one row."""
+    """Return an engine's cells from its results of each round, those of ours, and its own for one row."""
     ids, step, whole = zip(*theirs, strict=True)
     our_ids, our_step, our_whole = zip(*ours, strict=True)
     times = median(n_rows * a[1] / b for a, b in zip(alone, step, strict=True))

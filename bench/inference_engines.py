@@ -1,8 +1,8 @@
-"""What the benchmarks compare: ours and its peers, all with the weights of models/random-124M, float32 and 2 threads.
+"""The engines that the benchmarks compare, all with the weights of models/random-124M, float32 and 2 threads.
 
-Each has a name, a version, run(ids, n_tokens), which yields greedy ids one by one, and run_batch(rows, n_tokens) for
-prompts of one length, which returns a list of ids for each. None stops at an end token. What a peer converts the model
-into is kept in a folder of the model's, made at the first use; to have it made anew, delete it.
+Each engine has a name, a version, run(ids, n_tokens), which yields greedy ids one by one, and run_batch(rows, n_tokens)
+for prompts of equal length, which returns a list of ids for each. None stops at an end token. A converted model is kept
+in a subfolder of the model's folder, created at the first use; delete it to convert the model again.
 """
 
 import functools
@@ -34,21 +34,21 @@ class Ours:
         yield from generate_tokens(ids, self.params, self.n_head, n_tokens)
 
     @functools.cached_property
-    def laid_out(self):
+    def small_batch(self):
         return small_batch_model(self.params, self.n_head)
 
     def run_batch(self, rows, n_tokens):
-        """One row as a run of gpt2.py makes it, several as --prompts_file does."""
+        """Generate one row as gpt2.py does, several as --prompts_file does."""
         if len(rows) == 1:
             return [generate(rows[0], self.params, self.n_head, n_tokens)]
-        model, params = self.laid_out
+        model, params = self.small_batch
         requests = ((i, ids, [np.argmax]) for i, ids in enumerate(rows))
         results = generate_batch(requests, params, self.n_head, n_tokens, len(rows), model=model)
         return list(in_order(((i, ids) for (i, _), ids, _ in results), range(len(rows))))
 
 
 class Stepwise:
-    """An engine with steps(rows, n_tokens), which yields one new id for each row at a time."""
+    """Base of engines with steps(rows, n_tokens), which yields one new id per row at a time."""
 
     def run(self, ids, n_tokens):
         for (new_id,) in self.steps([ids], n_tokens):
@@ -71,7 +71,7 @@ class Transformers(Stepwise):
         self.model = transformers.GPT2LMHeadModel.from_pretrained(MODELS_DIR / NAME).eval()
 
     def steps(self, rows, n_tokens):
-        """With its key/value cache and only the last position's logits, as its generate() does."""
+        """Use its key/value cache and only the last position's logits, as its generate() does."""
         torch = self.torch
         with torch.inference_mode():
             new, past = torch.tensor(rows), None
@@ -83,7 +83,7 @@ class Transformers(Stepwise):
 
 
 class OnnxRuntime(Stepwise):
-    """The graph of onnx_graph.py; the cache is bound, so that a step adds to it where it is."""
+    """The graph of onnx_graph.py. The cache is bound to one buffer, so that a step writes to it in place."""
 
     name, packages = "ONNX Runtime", "onnxruntime onnx"
 
@@ -106,7 +106,7 @@ class OnnxRuntime(Stepwise):
         onnx_graph.write(folder, params, hparams["n_head"])
 
     def binding(self, n_rows, n_max):
-        """Outputs, and a cache with room for n_max positions."""
+        """Bind the outputs, and a cache of n_max positions."""
         n_head = self.hparams["n_head"]
         shape = [n_rows, n_head, n_max, self.hparams["n_embd"] // n_head]
         binding = self.session.io_binding()
@@ -133,7 +133,7 @@ class OnnxRuntime(Stepwise):
 
 
 class CTranslate2:
-    """Its tokens are strings: here the ids as decimals. An empty list of end tokens: else it stops at the model's."""
+    """Its tokens are strings: here the ids as decimals. Without end_token=[] it stops at the model's end token."""
 
     name, packages = "CTranslate2", "ctranslate2 torch transformers"
 
@@ -146,8 +146,8 @@ class CTranslate2:
 
     @staticmethod
     def convert(folder):
-        """Its own converter from transformers, with the ids for a vocabulary."""
-        import torch  # noqa: F401  the converter needs both, and says so less clearly
+        """Run its own converter from transformers, with the ids as the vocabulary."""
+        import torch  # noqa: F401  the converter needs both; importing them here gives a clearer error
         import transformers  # noqa: F401
         from ctranslate2.converters import TransformersConverter
 
@@ -158,7 +158,7 @@ class CTranslate2:
         Converter(str(MODELS_DIR / NAME)).convert(str(folder))
 
     def run(self, ids, n_tokens):
-        """The callback of each step hands over its id, from the thread that decodes."""
+        """Yield the id of each step."""
         for step in self.generator.generate_tokens([str(i) for i in ids], max_length=n_tokens, end_token=[]):
             yield step.token_id
 
@@ -169,7 +169,7 @@ class CTranslate2:
 
 
 class Decimals:
-    """What CTranslate2's converter asks of a tokenizer."""
+    """The attributes of a tokenizer that CTranslate2's converter reads."""
 
     def __init__(self, n_vocab):
         self.n_vocab = n_vocab
@@ -180,7 +180,7 @@ class Decimals:
 
 
 def converted(name, convert):
-    """A folder in that of the model, which convert(folder) makes at the first call: all of it or nothing."""
+    """Return a subfolder of the model's folder, which convert(folder) creates completely at the first call."""
     folder = MODELS_DIR / NAME / name
     if not folder.exists():
         model_124m()
@@ -190,14 +190,16 @@ def converted(name, convert):
             try:
                 os.rename(made, folder)
             except OSError:
-                if not folder.exists():  # else another process was quicker
+                if not folder.exists():  # another process may have created it first
                     raise
     return folder
 
 
 class Apart:
-    """An engine in a process of its own. In one process they slow each other down: CTranslate2's tokens take 1.4 times
-    as long once torch is loaded."""
+    """An engine in a process of its own.
+
+    In one process, engines slow each other down: CTranslate2's tokens take 1.4 times as long once torch is loaded.
+    """
 
     def __init__(self, engine):
         self.engine, self.name = engine, engine.name
@@ -205,7 +207,7 @@ class Apart:
         self.version = self.call(getattr, "version")
 
     def call(self, function, *arguments):
-        """What function(engine, *arguments) returns, or raises, over there."""
+        """Call function(engine, *arguments) in the other process; return its result or raise its exception."""
         return self.process.submit(call, function, self.engine, *arguments).result()
 
 
@@ -215,18 +217,18 @@ def call(function, engine, *arguments):
 
 @functools.cache
 def started(engine):
-    """The engine of this process."""
+    """Create the engine of this process, once."""
     return engine()
 
 
 def in_turn(found, turn):
-    """The engines in the order of a round, a different one first in each."""
+    """Return the engines in the order of a round, a different one first in each."""
     first = turn % len(found)
     return found[first:] + found[:first]
 
 
 def engines():
-    """Ours and every peer that can be imported, apart; a line on standard error names what the others need."""
+    """Return ours and every peer that can be imported; a line on standard error says how to install the others."""
     found = [Apart(Ours)]
     for peer in (Transformers, OnnxRuntime, CTranslate2):
         try:

@@ -1,0 +1,237 @@
+"""One run of gpt2.py: load a model, read the prompts, generate and print the continuations.
+
+Standard output carries the generated text and a newline (and a header line before each of several samples); everything
+else goes to standard error.
+"""
+
+import codecs
+import contextlib
+import os
+import sys
+import time
+
+import gpt2
+from encoder import END_OF_TEXT
+from engines.batching import generate_batch, in_order
+from engines.instance import recording
+from sampling import make_sampler
+from utils import load_encoder_hparams_and_params
+from weights.errors import UserError
+from weights.files import decode_utf8
+from weights.names import n_params, tensor_shapes
+
+
+class Generator:
+    """A loaded model that generates as the command line's options say."""
+
+    def __init__(self, options):
+        self.options = options
+        self.encoder, self.hparams, self.params = load_encoder_hparams_and_params(
+            options.model_size, options.models_dir
+        )
+        self.model, self.n_head = gpt2, self.hparams["n_head"]
+        self.stop_id = self.encoder.encoder.get(END_OF_TEXT) if options.stop_at_end_of_text else None
+        self.speculation = self.make_speculation() if options.draft_model or options.speculate == "lookup" else None
+
+    def prompt_ids(self, prompt):
+        """Return the token ids of a prompt, with an empty one replaced by the start of unconditional generation.
+
+        Raises UserError if they and the tokens to generate exceed the model's context.
+        """
+        ids = self.encoder.encode(prompt) or self.encoder.start_ids()
+        check_prompt_fits(len(ids), self.options.n_tokens_to_generate, self.hparams["n_ctx"])
+        return ids
+
+    def sampler(self, i):
+        """Return the function that chooses the tokens of sample i, counted from 1."""
+        options = self.options
+        seed = None if options.seed is None else options.seed + i - 1
+        return make_sampler(options.temperature, options.top_k, options.top_p, seed)
+
+    def generate_tokens(self, ids, i):
+        """Yield the token ids of sample i one by one."""
+        n = self.options.n_tokens_to_generate
+        if self.speculation:
+            return self.speculation.generate_tokens(ids, n, self.sampler(i), self.stop_id)
+        return gpt2.generate_tokens(ids, self.params, self.n_head, n, self.sampler(i), self.stop_id)
+
+    def generate_batch(self, requests):
+        """Yield the continuations of many requests; see engines.batching.generate_batch."""
+        self.use_small_batch_model()
+        n, batch_size = self.options.n_tokens_to_generate, self.options.batch_size
+        return generate_batch(requests, self.params, self.n_head, n, batch_size, self.stop_id, self.model)
+
+    def use_small_batch_model(self):
+        """Copy the parameters into the layout that is fast for a few tokens per pass, and free the loaded ones."""
+        from engines.parallel import small_batch_model
+
+        if self.model is gpt2:
+            self.model, self.params = small_batch_model(self.params, self.n_head)
+
+    def make_speculation(self):
+        """Return the speculative decoder that --speculate or --draft_model asks for."""
+        from engines.speculative import Lookup, Speculation
+
+        self.use_small_batch_model()
+        make_drafter = self.load_draft_model() if self.options.draft_model else Lookup
+        return Speculation(self.params, self.n_head, make_drafter, self.model)
+
+    def load_draft_model(self):
+        """Load --draft_model; return a function that makes a Draft from it."""
+        from engines.parallel import small_batch_model
+        from engines.speculative import Draft
+
+        name, model_size = self.options.draft_model, self.options.model_size
+        encoder, hparams, params = load_encoder_hparams_and_params(name, self.options.models_dir)
+        if encoder.encoder != self.encoder.encoder or hparams["n_vocab"] != self.hparams["n_vocab"]:
+            raise UserError(
+                f"the vocabulary of --draft_model {name} ({hparams['n_vocab']} tokens) is not that of {model_size} "
+                f"({self.hparams['n_vocab']} tokens); choose a draft model with the same vocabulary"
+            )
+        cost = n_params(tensor_shapes(**hparams)) / n_params(tensor_shapes(**self.hparams))
+        model, params = small_batch_model(params, hparams["n_head"])
+        return lambda: Draft(params, hparams["n_head"], cost, model)
+
+
+def check_prompt_fits(n_prompt, n_new, n_ctx):
+    """Raise UserError if the tokens of the prompt and those to generate exceed the context."""
+    if n_prompt + n_new <= n_ctx:
+        return
+    total = f" + {n_new} to generate = {n_prompt + n_new}" if n_new else ""
+    remedy = f" or set --n_tokens_to_generate to {n_ctx - n_prompt}" if n_prompt < n_ctx else ""
+    raise UserError(
+        f"{n_prompt} prompt tokens{total}, more than the {n_ctx} of the model's context; shorten the prompt{remedy}"
+    )
+
+
+class Session:
+    """The prompts of one run and the output of their continuations."""
+
+    def __init__(self, options):
+        self.options = options
+        self.stream = sys.stdout.isatty() and options.n_samples == 1 if options.stream is None else options.stream
+        self.prompt = None if options.interactive else read_prompt(options)
+        self.generator = Generator(options)
+
+    def run(self):
+        if self.options.interactive:
+            self.interact()
+        else:
+            self.answer(self.prompt)
+
+    def interact(self):
+        """Answer one line after another until Ctrl-D. Ctrl-C ends the answer or, while reading a line, the program."""
+        while (line := read_line()) is not None:
+            with contextlib.suppress(KeyboardInterrupt):
+                self.answer_line(line)
+
+    def answer_line(self, line):
+        """Answer a line of bytes unless it is empty; print an error instead of ending the session."""
+        try:
+            if prompt := decode_text(line, "the prompt"):
+                self.answer(prompt)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+    def answer(self, prompt):
+        """Print the continuations of a prompt, and what speculative decoding did."""
+        if prompt.endswith(" "):
+            print("note: the prompt ends with a space, which GPT-2 expects before the next word", file=sys.stderr)
+        ids, speculation = self.generator.prompt_ids(prompt), self.generator.speculation
+        if speculation:
+            speculation.reset_counts()
+        started = time.perf_counter()
+        self.show_samples(ids)
+        if speculation:
+            print(f"note: {speculation.report(time.perf_counter() - started)}", file=sys.stderr)
+
+    def show_samples(self, ids):
+        """Print n_samples continuations of a prompt; unless they are streamed or drafted, generate them in a batch."""
+        n_samples = self.options.n_samples
+        if n_samples == 1:
+            self.show(self.generator.generate_tokens(ids, 1))
+        elif self.stream or self.generator.speculation:
+            for i in range(1, n_samples + 1):
+                print(f"=== sample {i} ===", flush=True)
+                self.show(self.generator.generate_tokens(ids, i))
+        else:
+            self.show_batch(ids)
+
+    def show(self, tokens):
+        """Print tokens as text, each when it is generated or all at the end. Ctrl-C prints the tokens so far."""
+        if not self.stream:
+            tokens = with_bar(tokens, self.options.n_tokens_to_generate, "token", printed=False)
+        kept = []
+        try:
+            for piece in self.generator.encoder.decode_stream(tokens):
+                if self.stream:
+                    print(piece, end="", flush=True)
+                else:
+                    kept.append(piece)
+        except KeyboardInterrupt:
+            print("".join(kept), flush=True)
+            raise
+        print("".join(kept), flush=True)
+
+    def show_batch(self, ids):
+        """Generate all samples in a batch and print each when it is complete. Ctrl-C prints the incomplete ones."""
+        n_samples = self.options.n_samples
+        sampled = {i: [] for i in range(1, n_samples + 1)}  # ids by sample, less those that are printed
+        samplers = [recording(self.generator.sampler(i), found) for i, found in sampled.items()]
+        results = ((i, new_ids) for (_, i), new_ids, _ in self.generator.generate_batch([(None, ids, samplers)]))
+        ordered = in_order(results, range(1, n_samples + 1))
+        try:
+            for i, new_ids in enumerate(with_bar(ordered, n_samples, "sample", printed=True), 1):
+                self.show_sample(i, new_ids)
+                del sampled[i]
+        except KeyboardInterrupt:
+            for i, new_ids in sampled.items():
+                self.show_sample(i, [token_id for token_id in new_ids if token_id != self.generator.stop_id])
+            raise
+
+    def show_sample(self, i, new_ids):
+        print(f"=== sample {i} ===\n{self.generator.encoder.decode(new_ids)}", flush=True)
+
+
+def with_bar(items, total, unit, printed):
+    """Yield the items, with a progress bar if standard error is a terminal.
+
+    printed: whether the caller prints each item, for which the bar is cleared.
+    """
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc="generating", unit=unit, leave=False) as bar:
+        for item in items:
+            if printed:
+                bar.clear()
+            yield item
+            bar.update()
+
+
+def read_line():
+    """Return a line of standard input as bytes, None at the end. At a terminal, show a prompt and allow editing."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return sys.stdin.buffer.readline() or None
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (gives input() a history and editing keys)
+    try:
+        return os.fsencode(input("prompt> "))
+    except EOFError:
+        print()
+        return None
+
+
+def read_prompt(options):
+    """Return the prompt of the command line, "" if there is none."""
+    if options.prompt == "-":
+        return decode_text(sys.stdin.buffer.read(), "standard input")
+    return decode_utf8(os.fsencode(options.prompt or ""), "the prompt")
+
+
+def decode_text(data, source):
+    """Decode the UTF-8 bytes of a file or a pipe, without a byte order mark and without the last line break."""
+    data = data.removeprefix(codecs.BOM_UTF8)
+    return decode_utf8(data[:-1].removesuffix(b"\r") if data.endswith(b"\n") else data, source)

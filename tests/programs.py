@@ -1,0 +1,57 @@
+"""Run the programs as a person does, and check how they end."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+
+from tests.conftest import ROOT
+
+SECONDS = 60  # a run that takes longer fails its test
+
+
+def command(*arguments, script="gpt2.py"):
+    """Return a command as bytes, since an argument may be bytes that are not UTF-8."""
+    return [os.fsencode(argument) for argument in (sys.executable, ROOT / script, *arguments)]
+
+
+def run(*arguments, script="gpt2.py", **options):
+    """Run a program in a process; return its exit code, standard output and standard error, the latter as bytes."""
+    options = {"input": b"", "capture_output": True, "timeout": SECONDS} | options
+    done = subprocess.run(command(*arguments, script=script), check=False, **options)
+    return done.returncode, done.stdout, done.stderr
+
+
+def start_process(arguments, **options):
+    """Start a process in which Ctrl-C raises KeyboardInterrupt, even if the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process inherits that SIGINT is ignored
+    try:
+        return subprocess.Popen(arguments, cwd=ROOT, **options)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def started(arguments, **options):
+    """A running process, which is killed at the end."""
+    with start_process(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def assert_mistake(result, *words, script="gpt2.py"):
+    """Exit code 2, nothing on standard output, one line on standard error that contains the words."""
+    code, out, err = result
+    text = err.decode("utf-8")
+    assert (code, out) == (2, b""), text
+    assert text.startswith(f"{script}: error: ") and text.endswith("\n") and text.count("\n") == 1, text
+    for word in words:
+        assert word in text
+
+
+def assert_prints(result, text):
+    """Exit code 0, the text and a newline on standard output, nothing on standard error."""
+    assert result == (0, text.encode("utf-8") + b"\n", b"")

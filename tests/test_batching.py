@@ -1,0 +1,344 @@
+"""engines/batching.py and gpt2.py --prompts_file: every continuation is the one that its prompt gets alone."""
+
+import gc
+import json
+import os
+import re
+import signal
+import time
+import weakref
+
+import numpy as np
+import pytest
+
+import gpt2
+from cli import session
+from engines import batching, parallel
+from sampling import make_sampler
+from tests.conftest import PROMPTS, ROOT, TINY
+from tests.programs import SECONDS, assert_mistake, command, started
+from tests.random_model import random_tensors
+from tests.test_gpt2 import their_greedy_ids
+from tests.test_parallel import hugging_face_model
+from weights.names import nest
+
+N, N_HEAD = 12, TINY["n_head"]
+RNG = np.random.default_rng(5)
+INPUTS = [RNG.integers(0, TINY["n_vocab"], n).tolist() for n in (7, 1, 30, 2, 100, 13, 1, 64, 5, 9)]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return nest(random_tensors(TINY), TINY["n_layer"])
+
+
+@pytest.fixture(scope="module", params=["gpt2", "shared"])
+def model_and_params(request, params):
+    return (gpt2, params) if request.param == "gpt2" else parallel.shared(params, N_HEAD, 2)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The ids with which transformers continue each input."""
+    theirs = hugging_face_model(TINY, random_tensors(TINY))
+    return [their_greedy_ids(theirs, ids, N) for ids in INPUTS]
+
+
+def generate_batch(model_and_params, requests, batch_size, n=N, stop_id=None):
+    model, params = model_and_params
+    return batching.generate_batch(requests, params, N_HEAD, n, batch_size, stop_id, model)
+
+
+def greedy(inputs):
+    return [(i, ids, [np.argmax]) for i, ids in enumerate(inputs)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_each_row_is_what_transformers_generate_alone(model_and_params, expected, batch_size):
+    results = list(generate_batch(model_and_params, greedy(INPUTS), batch_size))
+    assert {key: ids for key, ids, _ in results} == {(i, 1): ids for i, ids in enumerate(expected)}
+    assert {reason for *_, reason in results} == {"length"}
+
+
+def test_seeded_samples_are_those_of_a_run_alone(model_and_params, params):
+    inputs = INPUTS[:5]
+    requests = [(i, ids, [make_sampler(1.0, seed=s) for s in (3, 4, 3)]) for i, ids in enumerate(inputs)]
+    found = {key: ids for key, ids, _ in generate_batch(model_and_params, requests, 4)}
+    for i, ids in enumerate(inputs):
+        alone = [gpt2.generate(ids, params, N_HEAD, N, sample=make_sampler(1.0, seed=s)) for s in (3, 4)]
+        assert [found[i, 1], found[i, 2], found[i, 3]] == [*alone, alone[0]]
+        assert alone[0] != alone[1]
+
+
+def test_other_rows_do_not_change_a_row(params):
+    """More or fewer rows, other rows, another position; bit for bit where test_parallel finds products to be so."""
+    weights, runs = parallel.shared(params, N_HEAD, 2), []
+    for others, batch_size in (([], 8), (INPUTS[:3], 8), (INPUTS[3:], 8), (INPUTS, 11)):
+        seen = []
+
+        def sample(logits, seen=seen):
+            seen.append(logits.copy())
+            return np.argmax(logits)
+
+        list(generate_batch(weights, [*greedy(others), ("it", INPUTS[5], [sample])], batch_size))
+        runs.append(np.array(seen))
+    for other in runs[1:]:
+        np.testing.assert_allclose(other, runs[0], rtol=0, atol=0 if parallel.has_small_kernels() else 1e-5)
+
+
+def test_the_next_prompt_takes_the_place_of_a_complete_row_at_once(model_and_params, monkeypatch):
+    """With rows of unequal length every pass has batch_size rows while prompts are waiting."""
+    model, params = model_and_params
+    sizes, whole = [], model.gpt2
+
+    def counted(ids, *args, **kwargs):
+        if np.ndim(ids) == 2:
+            sizes.append(len(ids))
+        return whole(ids, *args, **kwargs)
+
+    monkeypatch.setattr(model, "gpt2", counted)
+    stop, lengths = 5, [3, 9, 1, 4, 6, 2, 3]
+
+    def stopping(n):
+        left = [stop if i == n else 7 for i in range(n + 1)]
+        return lambda logits: left.pop(0)
+
+    requests = [(i, INPUTS[i], [stopping(n)]) for i, n in enumerate(lengths)]
+    results = list(generate_batch((model, params), requests, 3, n=20, stop_id=stop))
+    assert {key[0]: len(ids) for key, ids, _ in results} == dict(enumerate(lengths))
+    assert {reason for *_, reason in results} == {"end_of_text"}
+    assert max(sizes) == 3
+    assert sum(sizes) == sum(lengths)  # a pass for every token but the first, and one for the stop
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_requests_are_taken_and_memory_is_used_for_batch_size_rows_at_a_time(params, monkeypatch):
+    alive, most, taken, make = weakref.WeakSet(), [], [], gpt2.KVCache
+
+    def counted(n_max):
+        cache = make(n_max)
+        alive.add(cache)
+        return cache
+
+    monkeypatch.setattr(gpt2, "KVCache", counted)
+    requests = (taken.append(request) or request for request in greedy(INPUTS[:6]))
+    for _ in generate_batch((gpt2, params), requests, 2, n=4):
+        gc.collect(0)
+        most.append((len(taken), len(alive)))
+    assert most[0][0] == 2 and len(taken) == 6
+    assert max(n_alive for _, n_alive in most) <= 3 * TINY["n_layer"]  # two rows, and the one that was just yielded
+
+
+def test_the_samples_of_a_prompt_share_its_prefill(model_and_params, monkeypatch):
+    model, params = model_and_params
+    lengths, prefill = [], model.prefill
+    monkeypatch.setattr(model, "prefill", lambda ids, *a: (lengths.append(len(ids)), prefill(ids, *a))[1])
+    requests = [("a", INPUTS[2], [make_sampler(1.0, seed=i) for i in range(8)]), ("b", INPUTS[0], [np.argmax])]
+    results = list(generate_batch((model, params), requests, 4))
+    assert lengths == [len(INPUTS[2]), len(INPUTS[0])]
+    assert len({tuple(ids) for (key, _), ids, _ in results if key == "a"}) == 8
+
+
+def test_nothing_to_generate_and_invalid_requests(params):
+    nothing = [((0, 1), [], "length"), ((1, 1), [], "length")]
+    assert list(generate_batch((gpt2, params), greedy(INPUTS[:2]), 8, n=0)) == nothing
+    assert list(generate_batch((gpt2, params), [], 8)) == []
+    for requests, batch_size, message in (
+        (greedy([[]]), 8, "at least one token"),
+        (greedy([[1] * 120]), 8, "120 tokens .* 12 more .* 132.* 128"),
+        (greedy(INPUTS), 0, "at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(generate_batch((gpt2, params), requests, batch_size))
+
+
+def test_in_order_yields_each_value_as_soon_as_possible():
+    results, taken = [(2, "c"), (0, "a"), (1, "b"), (4, "e"), (3, "d")], []
+
+    def watched():
+        for result in results:
+            taken.append(result[0])
+            yield result
+
+    ordered = batching.in_order(watched(), range(5))
+    assert next(ordered) == "a" and taken == [2, 0]
+    assert list(ordered) == ["b", "c", "d", "e"]
+
+
+# The command line
+
+
+@pytest.fixture
+def flags(tiny_flags):
+    return [*tiny_flags, "--n_tokens_to_generate", "10"]
+
+
+@pytest.fixture
+def continue_file(inside, flags, tmp_path):
+    """A function that writes prompts to a file and continues them; returns the records on standard output."""
+
+    def continue_prompts(prompts, *arguments, err=b""):
+        (tmp_path / "prompts").write_text(prompts, encoding="utf-8", newline="")
+        code, out, found = inside("--prompts_file", tmp_path / "prompts", *flags, *arguments)
+        assert (code, found) == (0, err)
+        return records(out)
+
+    return continue_prompts
+
+
+def records(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("sampling", [[], ["--temperature", 1, "--top_k", 30, "--seed", 5]])
+def test_one_line_per_prompt_in_order(inside, continue_file, flags, sampling):
+    prompts = [prompt.replace("\n", " ") for prompt in PROMPTS]
+    found = continue_file("\n".join(prompts), "--batch_size", 3, *sampling)
+    assert [record["prompt"] for record in found] == prompts
+    for record in found:
+        assert (record["text"] + "\n").encode() == inside(*flags, *sampling, "--", record["prompt"])[1]
+        assert (record["sample"], record["stop_reason"], len(record["ids"])) == (1, "length", 10)
+
+
+def test_samples_are_those_of_one_prompt(inside, continue_file, flags):
+    sampling = ["--n_samples", 3, "--temperature", 1, "--seed", 7]
+    found = continue_file("Hello\n\nworld\n", *sampling)
+    assert [(r["prompt"], r["sample"]) for r in found] == [(p, i) for p in ("Hello", "", "world") for i in (1, 2, 3)]
+    one = "".join(f"=== sample {r['sample']} ===\n{r['text']}\n" for r in found[:3])
+    assert inside("Hello", *flags, *sampling)[1] == one.encode()
+    assert inside("Hello", *flags, *sampling, "--batch_size", 2)[1] == one.encode()
+
+
+def test_line_ends_byte_order_marks_and_standard_input(continue_file, inside, flags):
+    assert [record["prompt"] for record in continue_file("\ufeffa\r\n\r\nb")] == ["a", "", "b"]
+    assert [record["prompt"] for record in continue_file("\n")] == [""]
+    code, out, err = inside("--prompts_file", "-", *flags, typed=b"a\n\nb")
+    assert (code, err, [record["prompt"] for record in records(out)]) == (0, b"", ["a", "", "b"])
+
+
+def test_a_prompt_that_is_too_long_gets_an_error_record(continue_file):
+    note = b"note: 2 of 6 lines contain an error and no text\n"
+    found = continue_file(f"one\n{'x ' * 200}\ntwo\n", "--n_samples", 2, err=note)
+    assert [r["stop_reason"] for r in found] == ["length", "length", "error", "error", "length", "length"]
+    assert found[2]["text"] == "" and found[2]["ids"] == []
+    assert "prompt tokens + 10 to generate" in found[2]["error"] and "128" in found[2]["error"]
+    (alone,) = continue_file("x " * 200, err=b"note: 1 of 1 lines contain an error and no text\n")
+    assert alone["stop_reason"] == "error"
+
+
+def test_an_error_record_is_tried_again(continue_file, tiny, tmp_path):
+    output, prompt = tmp_path / "output", "x"
+    while len(tiny[0].encode(prompt)) + 10 <= TINY["n_ctx"]:
+        prompt += " x"
+    continue_file(prompt, "--output", output, err=b"note: 1 of 1 lines contain an error and no text\n")
+    continue_file(prompt, "--output", output, "--n_tokens_to_generate", 1)
+    assert [record["stop_reason"] for record in records(output.read_bytes())] == ["error", "length"]
+
+
+def test_a_truncated_output_is_completed(continue_file, tmp_path):
+    """Wherever it was cut: between lines, within a line, within a character."""
+    prompts, sampling = "\n".join(prompt.replace("\n", " ") for prompt in PROMPTS), ["--temperature", 1, "--seed", 3]
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    assert continue_file(prompts, *sampling, "--output", whole) == []
+    data = whole.read_bytes()
+    assert records(data) == continue_file(prompts, *sampling)
+    ends = [i + 1 for i, byte in enumerate(data) if byte == 10]
+    for cut in (0, ends[0], ends[4] + 1, ends[6] - 1, len(data) - 2, data.index("你".encode()) + 1):
+        part.write_bytes(data[:cut])
+        continue_file(prompts, *sampling, "--output", part)
+        assert part.read_bytes() == data
+
+
+def test_a_stopped_run_is_continued(tiny_flags, inside, tmp_path):
+    """Stopped by Ctrl-C, then killed."""
+    prompts, output, whole = tmp_path / "prompts", tmp_path / "output", tmp_path / "whole"
+    prompts.write_text("".join(f"prompt {i}\n" for i in range(60)), encoding="utf-8")
+    flags = [*tiny_flags, "--n_tokens_to_generate", "100", "--prompts_file", str(prompts)]
+    sizes = [0]
+    for how, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        with started(command(*flags, "--output", output)) as process:
+            while not output.exists() or output.stat().st_size <= sizes[-1]:
+                time.sleep(0.01)
+            process.send_signal(how)
+            process.communicate(timeout=SECONDS)
+        assert process.returncode == code
+        sizes.append(output.stat().st_size)
+    assert output.read_bytes().count(b"\n") < 60, "not stopped in the middle"
+    assert inside(*flags, "--output", output)[0] == inside(*flags, "--output", whole)[0] == 0
+    assert output.read_bytes() == whole.read_bytes()
+
+
+def test_the_documentation_shows_what_is_printed(inside, tmp_path):
+    shown = re.search(r'^\{"prompt": .*$', (ROOT / "docs" / "cli.md").read_text(encoding="utf-8"), re.MULTILINE)[0]
+    (tmp_path / "p").write_text(json.loads(shown)["prompt"] + "\n", encoding="utf-8")
+    flags = ["--model_size", "shakespeare", "--models_dir", ROOT / "models", "--n_tokens_to_generate", 12]
+    assert inside("--prompts_file", tmp_path / "p", *flags)[1].decode() == shown + "\n"
+
+
+def test_finished_prompts_are_skipped_wherever_they_stand(continue_file, tmp_path, monkeypatch):
+    output = tmp_path / "output"
+    continue_file("a\nb\na\n", "--output", output)
+    continue_file("c\na\nb\na\na\n", "--output", output)
+    assert [record["prompt"] for record in records(output.read_bytes())] == ["a", "b", "a", "c", "a"]
+    monkeypatch.setattr(session, "load_encoder_hparams_and_params", lambda *_: pytest.fail("the model is loaded"))
+    note = f"note: {output} is complete; for other options, name another --output\n".encode()
+    continue_file("a\nb\na\nc\n", "--output", output, err=note)
+
+
+def test_a_complete_last_line_is_kept_without_its_line_break(continue_file, tmp_path):
+    output, prompts = tmp_path / "output", "a\nb\n"
+    arguments = [prompts, "--temperature", 1, "--output", output]  # no seed: a line that is made again differs
+    continue_file(*arguments)
+    first, second = output.read_text(encoding="utf-8").splitlines()
+    output.write_text(first, encoding="utf-8")
+    continue_file(*arguments)
+    assert output.read_text(encoding="utf-8").splitlines()[0] == first
+    output.write_text(first + "\n" + second, encoding="utf-8")
+    continue_file(*arguments, err=f"note: {output} is complete; for other options, name another --output\n".encode())
+    assert output.read_text(encoding="utf-8") == first + "\n" + second
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--prompts_file {tmp}/none", ["cannot open '{tmp}/none'", "No such file"]),
+        ("--prompts_file {tmp}", ["cannot open '{tmp}'", "directory"]),
+        ("--prompts_file {tmp}/empty", ["{tmp}/empty is empty", "one prompt per line"]),
+        ("--prompts_file {tmp}/latin", ["{tmp}/latin is not UTF-8", "0xe9", "iconv"]),
+        ("--prompts_file {tmp}/p --output {tmp}/none/out", ["cannot open '{tmp}/none/out'"]),
+        ("--prompts_file {tmp}/p --output {tmp}", ["cannot open '{tmp}'"]),
+        ("--prompts_file {tmp}/p --output {tmp}/p", ["{tmp}/p is the file of the prompts"]),
+        ("--prompts_file {tmp}/p --output {tmp}/other", ["{tmp}/other, line 2", "another --output"]),
+        ("--prompts_file {tmp}/p --output {tmp}/list", ["{tmp}/list, line 1"]),
+        ("--prompts_file {tmp}/p --output {tmp}/notes", ["{tmp}/notes, line 1", "another --output"]),
+        ("--prompts_file {tmp}/p --output /dev/full", ["/dev/full is not a file"]),
+        ("--prompts_file {tmp}/p --output {tmp}/new --model_size ../x", ["../x"]),
+        ("--prompts_file {tmp}/p --batch_size 0", ["--batch_size", "at least 1"]),
+        ("--prompts_file {tmp}/p x", ["give one of a prompt", "--prompts_file"]),
+        ("--prompts_file {tmp}/p --interactive", ["--interactive"]),
+        ("--prompts_file {tmp}/p --stream", ["--stream"]),
+        ("--prompts_file {tmp}/p --speculate lookup", ["--speculate lookup", "--prompts_file"]),
+        ("--prompts_file {tmp}/p --draft_model tiny", ["--draft_model", "--prompts_file"]),
+        ("x --output {tmp}/out", ["--output", "--prompts_file"]),
+    ],
+)
+def test_mistakes_change_no_file(inside, flags, tmp_path, arguments, words):
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "latin").write_bytes(b"caf\xe9\n")
+    (tmp_path / "p").write_text("a\nb\n", encoding="utf-8")
+    line = '{"prompt": "a", "sample": 1, "stop_reason": "length"}\n'
+    (tmp_path / "other").write_text(line + "hello\n", encoding="utf-8")
+    (tmp_path / "list").write_text("[1]\n", encoding="utf-8")
+    (tmp_path / "notes").write_text("precious, and without a line break", encoding="utf-8")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    result = inside(*flags, *arguments.format(tmp=tmp_path).split())
+    assert_mistake(result, *(word.format(tmp=tmp_path) for word in words))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_output_without_write_permission(inside, flags, tmp_path):
+    (tmp_path / "p").write_text("a\n", encoding="utf-8")
+    (tmp_path / "out").touch(mode=0o400)
+    result = inside("--prompts_file", tmp_path / "p", *flags, "--output", tmp_path / "out")
+    assert_mistake(result, "Permission denied")

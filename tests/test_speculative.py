@@ -1,0 +1,265 @@
+"""engines/speculative.py: draft tokens change how fast a text is generated, never the text."""
+
+import collections
+import re
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import gpt2
+from engines import parallel, speculative
+from engines.speculative import MAX_DRAFT, AcceptanceRate, Draft, Lookup, Speculation
+from sampling import make_sampler
+from tests.conftest import PROMPTS, TINY
+from tests.programs import assert_mistake
+from tests.random_model import random_tensors, write_byte_vocabulary, write_safetensors
+from tests.test_batching import INPUTS
+from tests.test_gpt2 import their_greedy_ids
+from tests.test_parallel import hugging_face_model
+from weights.names import nest
+
+N, N_HEAD = 24, TINY["n_head"]
+SEQUENCES = [*INPUTS[:4], [3, 1, 4, 1, 5, 9] * 6]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return nest(random_tensors(TINY), TINY["n_layer"])
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return hugging_face_model(TINY, random_tensors(TINY))
+
+
+@pytest.fixture(scope="module")
+def expected(theirs):
+    """The ids with which transformers continue each sequence."""
+    return [their_greedy_ids(theirs, ids, N) for ids in SEQUENCES]
+
+
+@pytest.fixture(scope="module", params=["gpt2", "small batch"])
+def model_and_params(request, params):
+    """In this process alone: test_rejected_tokens_are_removed_in_every_process has two."""
+    return (gpt2, params) if request.param == "gpt2" else parallel.shared(params, N_HEAD, 1)
+
+
+@pytest.fixture(scope="module")
+def drafters(params):
+    """Functions by name that make what drafts a text, given its ids."""
+    other, rng = nest(random_tensors(TINY, seed=1), TINY["n_layer"]), np.random.default_rng(0)
+    small, small_params = parallel.shared(other, N_HEAD, 1)
+    return {
+        "lookup": lambda text: Lookup(),
+        "right": Scripted,
+        "wrong": lambda text: Scripted(text, lambda place: True),
+        "sometimes": lambda text: Scripted(text, lambda place: rng.random() < 0.3),
+        "the model itself": lambda text: Draft(params, N_HEAD, 0.1),
+        "another model": lambda text: Draft(small_params, N_HEAD, 0.1, small),
+    }
+
+
+class Scripted:
+    """Drafts a fixed text, with wrong tokens at some places."""
+
+    def __init__(self, text, wrong=lambda place: False, cost=0.01):
+        self.text, self.wrong, self.cost, self.asked = text, wrong, cost, []
+
+    def draft(self, text, n):
+        self.asked.append(n)
+        places = range(len(text), min(len(text) + n, len(self.text)))
+        return [(self.text[i] + self.wrong(i)) % TINY["n_vocab"] for i in places]
+
+
+def speculate(model_and_params, make_drafter=Lookup):
+    model, params = model_and_params
+    return Speculation(params, N_HEAD, make_drafter, model)
+
+
+# Drafts
+
+
+@pytest.mark.parametrize(
+    ("text", "n", "draft"),
+    [
+        ([1, 2, 3, 9, 1, 2, 3], 2, [9, 1]),
+        ([1, 2, 5, 8, 2, 6, 7, 1, 2], 1, [5]),  # the longer match counts, not the later one
+        ([1, 2, 5, 1, 2, 6, 1, 2], 1, [6]),  # and of matches of the same length the later one
+        ([1, 2, 3], 5, []),
+        ([], 5, []),
+        ([1, 1], 0, []),
+        ([4, 7, 7], 3, [7, 7, 7]),  # a repetition is continued
+        ([5, 1, 2, 3, 1, 2, 3], 8, [1, 2, 3, 1, 2, 3, 1, 2]),
+    ],
+)
+def test_lookup_drafts_the_tokens_after_the_longest_match(text, n, draft):
+    assert Lookup().draft(text, n) == draft
+
+
+def test_lookup_reads_only_the_new_tokens_of_a_text():
+    text, lookup = np.random.default_rng(0).integers(0, 5, 200).tolist(), Lookup()
+    for n in range(1, len(text)):
+        assert lookup.draft(text[:n], 3) == Lookup().draft(text[:n], 3)
+
+
+def test_a_draft_model_drafts_its_greedy_tokens(params, theirs):
+    """Its cache stays right when the text continues differently from the draft."""
+    draft, text = Draft(params, N_HEAD, 0.1), INPUTS[0][:]
+    for told in ([], [3], [5, 6, 7], [1]):
+        text += told
+        assert draft.draft(text, 5) == their_greedy_ids(theirs, text, 5)
+        text += draft.draft(text, 5)[:2]
+        assert draft.draft(text, 4) == their_greedy_ids(theirs, text, 4)
+    for n_text, n_draft in ((TINY["n_ctx"] - 3, 3), (TINY["n_ctx"], 0), (TINY["n_ctx"] + 5, 0)):
+        assert len(draft.draft([1] * n_text, 9)) == n_draft
+
+
+# The text
+
+
+@pytest.mark.parametrize("name", ["lookup", "right", "wrong", "sometimes", "the model itself", "another model"])
+def test_greedy_ids_are_those_of_transformers(model_and_params, drafters, expected, name):
+    for ids, new in zip(SEQUENCES, expected, strict=True):
+        speculation = speculate(model_and_params, lambda ids=ids, new=new: drafters[name](ids + new))
+        assert list(speculation.generate_tokens(ids, N)) == new
+        assert speculation.n_tokens == N >= speculation.n_passes >= 1 + (N - 1) // (1 + MAX_DRAFT)
+        assert speculation.n_draft >= speculation.n_accepted == N - speculation.n_passes
+
+
+def test_rejected_tokens_are_removed_in_every_process(params, drafters, expected):
+    ids, new = SEQUENCES[0], expected[0]
+    speculation = speculate(parallel.shared(params, N_HEAD, 2), lambda: drafters["sometimes"](ids + new))
+    assert list(speculation.generate_tokens(ids, N)) == new
+    assert speculation.n_draft > speculation.n_accepted > 0
+
+
+@pytest.mark.parametrize("name", ["lookup", "sometimes", "another model"])
+def test_a_seed_gives_the_same_samples_as_without_drafting(model_and_params, params, drafters, name):
+    for seed, ids in enumerate(SEQUENCES):
+        alone = gpt2.generate(ids, params, N_HEAD, N, sample=make_sampler(0.9, top_k=20, seed=seed))
+        speculation = speculate(model_and_params, lambda ids=ids, alone=alone: drafters[name](ids + alone))
+        assert list(speculation.generate_tokens(ids, N, make_sampler(0.9, top_k=20, seed=seed))) == alone
+
+
+def test_samples_are_distributed_as_the_model_says(params, theirs):
+    """Chi-square over 400 seeds: 3 tokens, each one of the 2 most likely, against transformers' probabilities."""
+
+    def most_likely(ids):
+        with torch.inference_mode():
+            logits = theirs(torch.tensor([ids])).logits[0, -1]
+        values, tokens = torch.topk(logits.double(), 2)
+        return list(zip(tokens.tolist(), torch.softmax(values, 0).tolist(), strict=True))
+
+    start, n = INPUTS[0], 400
+    probabilities = {
+        (a, b, c): p_a * p_b * p_c
+        for a, p_a in most_likely(start)
+        for b, p_b in most_likely([*start, a])
+        for c, p_c in most_likely([*start, a, b])
+    }
+    text = start + list(max(probabilities, key=probabilities.get))
+    speculation = Speculation(params, N_HEAD, lambda: Scripted(text, lambda place: place % 2))
+    seen = collections.Counter(
+        tuple(speculation.generate_tokens(start, 3, make_sampler(1.0, top_k=2, seed=seed))) for seed in range(n)
+    )
+    assert set(seen) <= set(probabilities) and speculation.n_accepted > 0
+    assert stats.chisquare([seen[key] for key in probabilities], n * np.array([*probabilities.values()])).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("place", [0, 1, N - 1])
+def test_the_stop_id_ends_the_text_within_a_pass(model_and_params, expected, place):
+    ids, new = SEQUENCES[0], expected[0]
+    speculation = speculate(model_and_params, lambda: Scripted(ids + new))
+    assert list(speculation.generate_tokens(ids, N, stop_id=new[place])) == new[: new.index(new[place])]
+    if place == 0:
+        assert speculation.report(1.0).startswith("tokens: 0, passes: 1 (0.00 tokens per pass), draft tokens: 0, acc")
+
+
+@pytest.mark.parametrize("name", ["lookup", "right", "another model"])
+def test_a_full_context_works_and_one_more_token_is_refused(model_and_params, drafters, theirs, name):
+    ids, n = INPUTS[4], TINY["n_ctx"] - len(INPUTS[4])
+    new = their_greedy_ids(theirs, ids, n)
+    speculation = speculate(model_and_params, lambda: drafters[name](ids + new))
+    assert list(speculation.generate_tokens(ids, n)) == new
+    assert list(speculation.generate_tokens(ids, 0)) == []
+    assert ids == INPUTS[4]
+    for inputs, n_new, message in ((ids, n + 1, "context of 128"), ([], 1, "at least one token")):
+        with pytest.raises(ValueError, match=message):
+            next(speculation.generate_tokens(inputs, n_new))
+
+
+# The number of draft tokens
+
+
+def replay(params, text, start, drafter, small=True):
+    """The Speculation after it generated a text, whatever the logits."""
+    left, speculation = list(text[start:]), Speculation(params, N_HEAD, lambda: drafter)
+    speculation.pass_cost = speculative.small_batch_cost if small else speculative.plain_cost
+    list(speculation.generate_tokens(text[:start], len(text) - start, lambda logits: left.pop(0)))
+    return speculation
+
+
+def test_accepted_drafts_become_long_and_rejected_ones_short(params):
+    text = np.random.default_rng(0).integers(0, TINY["n_vocab"], 120).tolist()
+    right, wrong, costly = Scripted(text), Scripted(text, lambda i: True, 0), Scripted(text, lambda i: True, 0.1)
+    speculation = replay(params, text, 4, right)
+    assert speculation.n_passes < 16 and speculation.n_draft == speculation.n_accepted
+    assert MAX_DRAFT in right.asked
+    assert replay(params, text, 4, wrong).n_passes == 116
+    assert set(wrong.asked[5:100]) == {3}  # a pass over four tokens takes no longer than one over a single token
+    assert replay(params, text, 4, costly).n_draft < 100
+    replay(params, text, 4, plain := Scripted(text, lambda i: True, 0), small=False)
+    assert plain.asked.count(0) > 90  # the plain model is slow with drafts
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_lookup_drafts_nothing_until_the_text_repeats(small):
+    params = nest(random_tensors(TINY | {"n_ctx": 300}), TINY["n_layer"])
+    distinct = np.random.default_rng(0).permutation(TINY["n_vocab"])[:50].tolist()
+    assert replay(params, distinct, 4, Lookup(), small).n_draft == 0
+    speculation = replay(params, distinct + [5, 9, 2, 6] * 55, 4, Lookup(), small)
+    assert speculation.n_tokens == 266 and speculation.n_passes < 85
+
+
+def test_the_best_length_follows_from_rate_and_costs():
+    def acceptance(draft_cost, pass_cost, accepted, checked):
+        result = AcceptanceRate(draft_cost, pass_cost)
+        result.accepted, result.checked = accepted, checked
+        return result
+
+    small, plain = speculative.small_batch_cost, speculative.plain_cost
+    assert acceptance(0, small, 30, 30).best_n_draft() == MAX_DRAFT
+    assert 1 < acceptance(0.25, small, 7, 10).best_n_draft() < acceptance(0, small, 7, 10).best_n_draft()
+    assert acceptance(0, plain, 1, 10).best_n_draft() == 0
+    # the paper's equation 1: rate 0.75 and two draft tokens give 1 + 0.75 + 0.75 ** 2 tokens per pass
+    assert acceptance(0, lambda n: 1, 0, 0).speed(2) == 2.3125
+
+
+# The command line
+
+
+@pytest.mark.parametrize("drafts", [["--speculate", "lookup"], ["--draft_model", "tiny"]])
+@pytest.mark.parametrize("flags", [[], ["--temperature", 1, "--seed", 3, "--n_samples", 2]])
+def test_the_text_is_the_same_and_a_report_follows(inside, tiny_flags, drafts, flags):
+    for prompt in PROMPTS[:6]:
+        arguments = [*flags, *tiny_flags, "--n_tokens_to_generate", 30]
+        _, plain, _ = inside(*arguments, "--", prompt)
+        code, out, err = inside(*arguments, *drafts, "--", prompt)
+        assert (code, out) == (0, plain)
+        n_tokens, n_passes, per_pass, n_draft, n_accepted, _ = map(float, re.findall(r"[\d.]+", err.decode()))
+        assert re.fullmatch(r"note: tokens: .*, passes: .*, draft tokens: .*, accepted: .* tokens/s\n", err.decode())
+        assert n_draft >= n_accepted == n_tokens - n_passes and n_tokens == 30 * (2 if flags else 1)
+        assert per_pass == pytest.approx(n_tokens / n_passes, abs=0.01)
+
+
+def test_mistakes(inside, tmp_path, tiny_models_dir, tiny_flags):
+    result = inside("x", *tiny_flags, "--speculate", "lookup", "--draft_model", "tiny")
+    assert_mistake(result, "--draft_model", "--speculate lookup")
+    (tmp_path / "tiny").symlink_to(tiny_models_dir / "tiny")
+    (tmp_path / "other").mkdir()
+    write_byte_vocabulary(tmp_path / "other", 300)
+    write_safetensors(tmp_path / "other", TINY | {"n_vocab": 300}, random_tensors(TINY | {"n_vocab": 300}))
+    result = inside("x", "--model_size", "tiny", "--models_dir", tmp_path, "--draft_model", "other")
+    assert_mistake(result, "other (300 tokens)", "tiny (400 tokens)", "vocabulary")

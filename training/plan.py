@@ -1,0 +1,204 @@
+"""Plan a training run, new or resumed: read, check and make everything before a file is written.
+
+plan_new() and plan_resumed() return a Plan; prepare_folder() writes the files that training starts from.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+
+import numpy as np
+
+from encoder import END_OF_TEXT, Encoder, get_encoder, save_encoder
+from training.adamw import AdamW
+from training.checkpoint import STATE, State, load_checkpoint
+from training.dataset import (
+    N_BYTES,
+    N_IDS,
+    check_length,
+    encode_splits,
+    open_tokens,
+    read_dataset,
+    save_tokens,
+    split_text,
+    train_encoder,
+)
+from training.initialization import gpt2_deviation, initial_tensors
+from training.options import FIXED_OPTIONS, MODEL_OPTIONS, PRESETS, Options, known_fields
+from training.report import LOG, PICTURE, truncate_log
+from utils import load_encoder_hparams_and_params, load_gpt2_encoder
+from weights.download import check_space
+from weights.errors import UserError
+from weights.files import atomic_write
+from weights.names import flatten, load_hparams, n_params, tensor_shapes
+
+STALE = (STATE, LOG, PICTURE, "model.safetensors", "config.json", "encoder.json", "vocab.bpe", "tokenizer.json")
+
+
+@dataclasses.dataclass
+class Plan:
+    """Everything that a training run needs."""
+
+    model_dir: str
+    options: Options
+    state: State
+    encoder: Encoder
+    hparams: dict[str, int]
+    optimizer: AdamW  # its tensors are the model's parameters
+    data: dict[str, np.ndarray]  # token ids by split, "train" and "val"
+
+    def describe(self):
+        """Return one line with the sizes of the model, the data and the run."""
+        options, hparams, tokens = self.options, self.hparams, self.state.tokens
+        shape = ", ".join(f"{name} {value}" for name, value in hparams.items())
+        epochs = options.max_iters * options.tokens_per_step / tokens["train"]
+        return (
+            f"{n_params(tensor_shapes(**hparams)) / 1e6:.2f} M parameters ({shape}); {tokens['train']} tokens for "
+            f"training, {tokens['val']} for validation; {options.max_iters} steps of {options.tokens_per_step} tokens: "
+            f"{epochs:.1f} epochs"
+        )
+
+
+def new_optimizer(tensors, options):
+    return AdamW(tensors, beta1=options.beta1, beta2=options.beta2, weight_decay=options.weight_decay)
+
+
+# A new run
+
+
+def plan_new(model_dir, given):
+    """Return the Plan of a new model, from scratch or fine-tuned. given: dict of the options on the command line.
+
+    Raises UserError for a mistake in the options, the data set or the pretrained model.
+    """
+    options = resolve(given)
+    text = read_dataset(options.dataset, options.data_dir)
+    if options.init_from == "scratch":
+        encoder = new_encoder(options, text)
+        hparams = {"n_vocab": len(encoder.encoder), "n_ctx": options.block_size}
+        hparams |= {"n_embd": options.n_embd, "n_head": options.n_head, "n_layer": options.n_layer}
+    else:
+        encoder, hparams, params = load_encoder_hparams_and_params(options.init_from, options.models_dir)
+        if "block_size" not in given:
+            options = dataclasses.replace(options, block_size=min(options.block_size, hparams["n_ctx"]))
+        check_fine_tuning(options, encoder, hparams)
+    data, val_chars = encode_data(text, encoder, options)
+    shapes = tensor_shapes(**hparams)
+    check_space(model_dir, 8 * 4 * n_params(shapes))  # parameters, moments and the best parameters, old and new
+    if options.init_from == "scratch":
+        tensors = initial_tensors(shapes, options.seed, gpt2_deviation(options.n_layer))
+    else:
+        tensors = {name: np.array(tensor) for name, tensor in flatten(params, hparams).items()}  # writable copies
+    n_tokens = {split: len(ids) for split, ids in data.items()}
+    state = State(tokens=n_tokens, val_chars_per_token=val_chars / n_tokens["val"])
+    return Plan(model_dir, options, state, encoder, hparams, new_optimizer(tensors, options), data)
+
+
+def resolve(given):
+    """Return the Options: those given, the preset's for the others. Raises UserError if they contradict each other."""
+    if "dataset" not in given:
+        raise UserError("--dataset is missing: give the path of a text file, or tinyshakespeare")
+    fine_tunes = given.get("init_from", "scratch") != "scratch"
+    preset = given.get("preset", "finetune" if fine_tunes else "3min")
+    if fine_tunes != (preset == "finetune"):
+        raise UserError(
+            f"--preset {preset} is for {'new models' if fine_tunes else '--init_from with a model'}; leave it out"
+        )
+    if fine_tunes and (extra := [name for name in MODEL_OPTIONS if name in given]):
+        raise UserError(f"--{extra[0]} is determined by {given['init_from']}; leave it out")
+    options = Options(**known_fields(Options, PRESETS[preset] | given))
+    if "vocab_size" in given and options.tokenizer != "bpe":
+        raise UserError(
+            f"--vocab_size is for --tokenizer bpe; the vocabulary of {options.tokenizer} is fixed, so leave it out"
+        )
+    if not fine_tunes and options.n_embd % options.n_head:
+        nearest = options.n_head * max(1, round(options.n_embd / options.n_head))
+        raise UserError(
+            f"--n_embd {options.n_embd} is not a multiple of --n_head {options.n_head}; --n_embd {nearest} is"
+        )
+    return options
+
+
+def new_encoder(options, text):
+    """Return the tokenizer of a new model."""
+    if options.tokenizer == "gpt2":
+        return load_gpt2_encoder(options.models_dir)
+    end_of_text = options.layout == "sections"
+    vocab_size = N_BYTES + end_of_text if options.tokenizer == "bytes" else options.vocab_size
+    return train_encoder(split_text(text)[0], vocab_size, end_of_text)
+
+
+def check_fine_tuning(options, encoder, hparams):
+    model, block_size, n_ctx = options.init_from, options.block_size, hparams["n_ctx"]
+    if block_size > n_ctx:
+        raise UserError(f"--block_size {block_size} exceeds the context of {n_ctx} of {model}; set at most {n_ctx}")
+    if hparams["n_vocab"] > N_IDS:
+        raise UserError(f"{model} has {hparams['n_vocab']} tokens; token ids are saved as uint16, at most {N_IDS}")
+    if options.layout == "sections" and END_OF_TEXT not in encoder.encoder:
+        raise UserError(f"the vocabulary of {model} has no {END_OF_TEXT} to put before sections; use --layout plain")
+
+
+def encode_data(text, encoder, options):
+    """Return the token ids by split, as uint16 arrays, and the number of characters of the validation text."""
+    train_ids, val_ids, val_chars = encode_splits(text, encoder, options.layout)
+    check_length(len(train_ids), len(val_ids), options.block_size)
+    return {"train": np.array(train_ids, np.uint16), "val": np.array(val_ids, np.uint16)}, val_chars
+
+
+# A resumed run
+
+
+def plan_resumed(model_dir, given):
+    """Return the Plan of a run that continues from its last save. given: dict of the options on the command line.
+
+    Raises UserError for options that cannot change, CorruptFile for a damaged file.
+    """
+    if "preset" in given:
+        raise UserError(f"--preset is for new models; leave it out, {model_dir} keeps its options")
+    hparams = load_hparams(model_dir)
+    options, state, tensors = load_checkpoint(model_dir, hparams)
+    for name in FIXED_OPTIONS:
+        before = getattr(options, name)
+        if given.get(name, before) != before:
+            raise UserError(
+                f"--{name} {given[name]} differs from the {before} that {model_dir} is trained with; leave it out, or "
+                "start another --name"
+            )
+    options = dataclasses.replace(options, **known_fields(Options, given))
+    if options.max_iters < state.step:
+        raise UserError(f"{model_dir} is at step {state.step} already; --max_iters {options.max_iters} must be larger")
+    if not os.path.exists(os.path.join(model_dir, "model.safetensors")):
+        state.best_loss, state.evaluated_step = math.inf, -1  # so that it is written again
+    optimizer = new_optimizer({name: np.array(tensor) for name, tensor in tensors["w"].items()}, options)
+    optimizer.load_moments(tensors["m"], tensors["v"], state.step)
+    encoder, data = get_encoder(given["name"], given["models_dir"]), open_data(model_dir, hparams, state)
+    return Plan(model_dir, options, state, encoder, hparams, optimizer, data)
+
+
+def open_data(model_dir, hparams, state):
+    paths = {split: os.path.join(model_dir, f"{split}.bin") for split in ("train", "val")}
+    return {split: open_tokens(path, hparams["n_vocab"], state.tokens[split]) for split, path in paths.items()}
+
+
+# Writing
+
+
+def prepare_folder(plan):
+    """Write the files that stay the same during training, after removing those of a model that is replaced.
+
+    For a resumed run, drop the lines of the log that come after its last save.
+    """
+    if plan.state.saved_step >= 0:
+        return truncate_log(plan.model_dir, plan.state.step)
+    os.makedirs(plan.model_dir, exist_ok=True)
+    for name in STALE:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(plan.model_dir, name))
+    with atomic_write(os.path.join(plan.model_dir, "hparams.json")) as f:
+        f.write(json.dumps(plan.hparams).encode("utf-8"))
+    save_encoder(plan.encoder, plan.model_dir)
+    for split, ids in plan.data.items():
+        save_tokens(os.path.join(plan.model_dir, f"{split}.bin"), ids)
+    plan.data = open_data(plan.model_dir, plan.hparams, plan.state)
