@@ -1,8 +1,9 @@
 """GPT-2's byte-level byte pair encoding (Radford et al. 2019, section 2.2; Sennrich et al. 2016): text <-> token ids.
 
 PATTERN splits the text into words. Each word becomes its UTF-8 bytes, each byte a visible character (so that a
-vocabulary can be a text file), and neighbouring symbols are merged in the order of merges.txt. Every string has an
-encoding, and decode(encode(text)) == text. PATTERN and the characters for bytes are OpenAI's: the ids depend on them.
+vocabulary can be a text file), and adjacent symbols are merged in the order of merges.txt. Every valid Unicode string
+has an encoding, and decode(encode(text)) == text. PATTERN and the characters for bytes are OpenAI's: the ids depend on
+them.
 """
 
 import codecs
@@ -20,7 +21,7 @@ from weights.files import atomic_write, read_json
 
 PATTERN = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 END_OF_TEXT = "<|endoftext|>"
-CACHED_WORDS, CACHED_LENGTH = 2**16, 32  # the encodings of this many words of up to this many characters are kept
+CACHED_WORDS, CACHED_LENGTH = 2**16, 32  # up to CACHED_WORDS words of at most CACHED_LENGTH characters are cached
 # the files of a vocabulary: OpenAI's, Hugging Face's, and Hugging Face's since transformers 5
 LAYOUTS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("tokenizer.json",))
 
@@ -49,7 +50,7 @@ class Encoder:
     def bpe(self, word):
         """Return the list of symbols into which the characters of a word merge.
 
-        A linked list holds the symbols and a heap the pairs that can be merged, for n log n steps of n characters.
+        A linked list holds the symbols and a heap the pairs that can be merged: O(n log n) for n characters.
         """
         symbols, after, before = list(word), list(range(1, len(word) + 1)), list(range(-1, len(word) - 1))
         heap = []
@@ -86,8 +87,8 @@ class Encoder:
     def encode(self, text, allowed_special=()):
         """Return the token ids of a text.
 
-        allowed_special: special tokens, such as "<|endoftext|>", to be encoded as one id each. By default they are
-        ordinary text, so that no input can end the text.
+        allowed_special: a special token such as "<|endoftext|>", or several, to be encoded as one id each. By default
+        they are ordinary text, so that a prompt cannot inject an end of text.
         Raises UserError if the text contains a lone surrogate, which UTF-8 cannot represent.
         """
         try:
@@ -97,7 +98,7 @@ class Encoder:
             raise UserError(f"the text is not valid Unicode: lone surrogate {what}; remove it") from None
         allowed_special = {allowed_special} if isinstance(allowed_special, str) else set(allowed_special)
         if unknown := [token for token in allowed_special if token not in self.encoder]:
-            raise UserError(f"the vocabulary has no special token {min(unknown)!r}; allow only those it has")
+            raise UserError(f"the vocabulary has no special token {min(unknown)!r}; remove it from allowed_special")
         pieces = [text]
         if allowed_special:
             longest_first = sorted(allowed_special, key=len, reverse=True)
@@ -112,7 +113,7 @@ class Encoder:
         return ids
 
     def start_ids(self):
-        """Return the ids that unconditional generation starts from: <|endoftext|>, or without it a line feed."""
+        """Return the ids that unconditional generation starts from: <|endoftext|> if there is one, or a line feed."""
         return [self.encoder[END_OF_TEXT]] if END_OF_TEXT in self.encoder else self.encode("\n")
 
     def token_bytes(self, token_id):

@@ -1,10 +1,10 @@
 """Measure how well a model predicts a text: python evaluate.py wikitext2-test.txt --model_size 124M
 
 A text longer than the context is read through a sliding window of `context` tokens that advances by `stride` tokens.
-The first window scores all its tokens, each later one only its last `stride` tokens. So every token but the first of
-the text is scored once, and after the first window with at least context - stride tokens before it. A smaller stride
-takes more time and gives a lower loss: compare results only if context and stride are the same. With stride equal to
-context, each token is read once.
+Each window scores the tokens that no earlier window has scored: the last `stride` tokens, or fewer in the last window,
+which ends with the text. So every token but the first of the text is scored once, and after the first window with at
+least context - stride tokens before it. A smaller stride takes more time and gives a lower loss: compare results only
+if context and stride are the same. With stride equal to context, only the last window overlaps the one before it.
 
 Perplexity is per token of the model's vocabulary, on the text as it is. The GPT-2 paper's perplexities (Radford et al.
 2019, table 3) are per word of detokenized texts and cannot be compared with these. Nats per character can be compared
@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from training import fused
 
-LOGITS_PER_BATCH = 2**22  # a batch has as many windows as make about this many logits
+LOGITS_PER_BATCH = 2**22  # target size of a batch; it has at least one window
 
 
 def sliding_windows(n_inputs, context, stride):
-    """Return (start, number of its positions that are scored already) of each window; the last ends with the text."""
+    """Return (start, n_skip) of each window: earlier windows have scored its first n_skip targets."""
     starts = [*range(0, n_inputs - context, stride), max(0, n_inputs - context)]
     return [(0, 0)] + [(start, before + context - start) for before, start in itertools.pairwise(starts)]
 

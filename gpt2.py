@@ -1,8 +1,8 @@
 """GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners") in plain NumPy.
 
-Each function uses only what is above it. Parameters have the names of OpenAI's checkpoint, so each part of the model is
-a nested dict, passed on as keyword arguments: `f(x, **params)`. Comments give shapes; `...` means any leading axes, as
-in [batch, n_seq]. All arithmetic is float32: a NumPy float64 scalar would change that, a Python float does not.
+Each function uses only what is above it. Parameters are nested dicts whose keys are the names in OpenAI's checkpoint,
+passed on as keyword arguments: `f(x, **params)`. Comments give the shapes of operands and results; `...` means any
+leading axes. All arrays are float32: constants are Python floats, as a NumPy float64 scalar would promote the result.
 """
 
 import math
@@ -42,7 +42,7 @@ def ffn(x, c_fc, c_proj):  # [..., n_seq, n_embd] -> [..., n_seq, n_embd]
 
 
 def attention(q, k, v):  # [..., n_q, d], [..., n_k, d], [..., n_k, d] -> [..., n_q, d]
-    """Causal scaled dot-product attention (Vaswani et al. 2017, equation 1) from the last n_q of n_k positions."""
+    """Causal scaled dot-product attention (Vaswani et al. 2017, eq. 1) of the last n_q positions over all n_k."""
     n_q, n_k = q.shape[-2], k.shape[-2]
     scores = (q * q.shape[-1] ** -0.5) @ np.swapaxes(k, -1, -2)  # [..., n_q, d], [..., d, n_k] -> [..., n_q, n_k]
     if n_q > 1:  # a single query belongs to the last position, which may attend to every key
@@ -79,7 +79,7 @@ def check_context(n_past, n_new, n_ctx):
 
 
 def embed(inputs, wte, wpe, n_past=0):  # [..., n_seq] -> [..., n_seq, n_embd]
-    """Token embeddings plus position embeddings. n_past: the position of the first token, or [batch, 1] positions."""
+    """Token embeddings plus position embeddings. n_past: number of tokens before inputs, an int or [batch, 1]."""
     n_seq = inputs.shape[-1]
     check_context(np.max(n_past) if np.ndim(n_past) else n_past, n_seq, n_ctx=wpe.shape[0])
     return wte[inputs] + wpe[n_past + np.arange(n_seq)]
@@ -101,13 +101,13 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, last_only=False):  
 
 
 class KVCache:
-    """The keys and values of one block for the n_past positions so far, with room for n_max."""
+    """The keys and values of one block: n_past positions so far, at most n_max. A lower n_past discards the newest."""
 
     def __init__(self, n_max):
         self.n_max, self.n_past, self.k, self.v = n_max, 0, None, None
 
     def append(self, k, v):  # [..., n_seq, d], [..., n_seq, d] -> [..., n_past+n_seq, d] each
-        """Append k and v; return views of all keys and values. Lowering n_past removes the newest positions."""
+        """Append k and v; return views of all keys and values."""
         *lead, n_seq, d = k.shape
         check_context(self.n_past, n_seq, self.n_max)
         if self.k is None:
@@ -123,7 +123,7 @@ class KVCache:
         return attention(q, *self.append(k, v))
 
 
-PREFILL_CHUNK = 256  # prompt tokens per pass: limits memory, and skips most scores that the causal mask would discard
+PREFILL_CHUNK = 256  # prompt tokens per pass: limits memory, and skips most of the scores that the mask discards
 
 
 def prefill(ids, params, n_head, cache):  # [n_seq] -> [n_vocab]

@@ -28,7 +28,7 @@ def top_p_keep(probs, p):  # [n_vocab] -> [n_vocab] of bool
 
 
 def distribution(logits, temperature=1.0, top_k=0, top_p=1.0):  # [n_vocab] -> [n_vocab]
-    """Probability of each token, in float64, because float32 sums over a whole vocabulary are inexact."""
+    """Probability of each token, for temperature > 0, in float64: float32 sums over a vocabulary are too inexact."""
     logits = logits.astype(np.float64)
     with np.errstate(over="ignore"):  # a tiny temperature gives -inf for all but the largest, as intended
         logits = (logits - np.max(logits)) / temperature

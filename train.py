@@ -1,33 +1,34 @@
 """Train GPT-2 in NumPy, from scratch or from a pretrained model: python train.py --help
 
 This file has the training loop. Its parts are in training/: gradients (autograd.py, fused.py), the loss (loss.py), the
-optimizer (adamw.py), the data (dataset.py), and the Trainer (trainer.py) and Report (report.py) that the loop is given.
+optimizer (adamw.py), the data (dataset.py), saving (trainer.py), and the reports (report.py).
 """
 
 import time
 
 from training.adamw import global_norm, learning_rate_at
-from training.loss import lm_loss  # noqa: F401 (for `from train import lm_loss`)
+from training.loss import lm_loss  # noqa: F401 (also imported from here)
 from training.trainer import stop_on_ctrl_c
 
 
 def train(trainer, report):
-    """Train until max_iters steps are done and return True, or return False if Ctrl-C stops it before."""
+    """Train until max_iters steps are done; return whether they are, or False if Ctrl-C stops it earlier."""
     options, state = trainer.options, trainer.state
+    trainer.start_clock()
     with trainer.threads(), report, stop_on_ctrl_c(report.say) as stop:
         while True:
             finished = state.step >= options.max_iters
-            if state.step != state.evaluated_step and (finished or state.step % options.eval_interval == 0):
-                losses = trainer.evaluate()
-                is_best = trainer.save_if_best(losses["val_loss"])
-                report.log(losses)
+            is_due = finished or state.step % options.eval_interval == 0
+            if is_due and state.step != state.evaluated_step:  # a resumed run may have evaluated this step already
+                losses = trainer.evaluate()  # saves the model if its validation loss is the lowest so far
+                report.log(losses)  # before save(), because --resume drops the lines after the last save
                 trainer.save()
-                report.evaluation(losses, is_best)
+                report.show_evaluation(losses)
             if finished or stop.is_set():
                 break
             started = time.perf_counter()
-            figures = train_step(trainer)
-            report.step(figures, time.perf_counter() - started)
+            metrics = train_step(trainer)
+            report.show_step(metrics, time.perf_counter() - started)
         if state.step != state.saved_step:
             trainer.save()
     return finished
@@ -49,11 +50,11 @@ def compute_gradients(trainer):
 
     Raises UserError if the loss or the norm is not finite.
     """
-    loss, gradients = 0.0, {}
-    for micro_step in range(trainer.options.gradient_accumulation_steps):
-        trainer.seed(micro_step)
-        inputs, targets = trainer.get_batch()  # [batch, n_seq], [batch, n_seq]
-        loss += trainer.forward_backward(inputs, targets, gradients)  # adds to the gradients
+    options, loss, gradients = trainer.options, 0.0, {}
+    for micro_step in range(options.gradient_accumulation_steps):
+        seed = options.seed, trainer.state.step, micro_step  # determines the batch and its dropout, resumed or not
+        inputs, targets = trainer.get_batch(seed)  # [batch, n_seq] each
+        loss += trainer.forward_backward(inputs, targets, gradients, seed)  # adds to gradients
     norm = global_norm(gradients, trainer.pool.map)
     trainer.check_finite({"loss": loss, "norm of the gradients": norm})
     return loss, gradients, norm

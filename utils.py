@@ -70,7 +70,7 @@ def find_model_dir(model_size, models_dir):
 
 
 def missing_files(model_dir):
-    """Return the names of the files in OpenAI's layout that the folder lacks and has no equivalent of."""
+    """Return the missing files of OpenAI's layout, except those that files of the other layout replace."""
 
     def has(*names):
         return all(os.path.exists(os.path.join(model_dir, name)) for name in names)
@@ -90,14 +90,14 @@ def check_vocabulary(encoder, hparams, model_dir):
     largest = max(encoder.decoder, default=0)
     if largest >= hparams["n_vocab"]:
         raise UserError(
-            f"{model_dir}: the vocabulary has ids up to {largest}, the model n_vocab = {hparams['n_vocab']}; "
+            f"{model_dir}: the vocabulary has ids up to {largest}, but the model has n_vocab = {hparams['n_vocab']}; "
             "they belong to different models: put the right vocabulary there"
         )
 
 
 @contextlib.contextmanager
 def quarantine(model_size, model_dir):
-    """Rename a file that is found corrupt to *.corrupt if the next run can download or import it again."""
+    """Rename a corrupt file to *.corrupt if the next run can download or import it again."""
     try:
         yield
     except CorruptFile as error:
@@ -137,7 +137,7 @@ def prepare_model(model_size, models_dir):
 
 @contextlib.contextmanager
 def locked_folder(model_dir, models_dir):
-    """Create model_dir if necessary and hold the lock of models_dir, which only one process at a time can hold."""
+    """Create model_dir if necessary and hold the inter-process lock of models_dir."""
     from filelock import FileLock, Timeout
 
     try:
@@ -165,7 +165,7 @@ def download_gpt2_files(model_size, model_dir):
     missing = missing_files(model_dir)
     if DATA_FILE in missing:
         path = os.path.join(model_dir, DATA_FILE)
-        check_space(path, 2 * 4 * N_PARAMS.get(model_size, 0) - size_of(path + ".part"))  # twice: the imported copy
+        check_space(path, 2 * 4 * N_PARAMS.get(model_size, 0) - size_of(path + ".part"))  # and model.safetensors
     for name in missing:
         fetch_released(model_size, model_dir, name)
 

@@ -1,1 +1,1 @@
-"""The command lines. May import everything; only the `__main__` blocks of the programs import it."""
+"""The command lines. May import everything; only the `__main__` blocks of the programs, and the tests, import it."""

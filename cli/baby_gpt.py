@@ -19,13 +19,13 @@ from weights.errors import UserError
 from weights.files import same_file
 from weights.names import n_params
 
-MAX_SIZE = 10_000  # of the hyperparameters that determine how much memory is needed
+MAX_SIZE = 10_000  # largest value of a hyperparameter that memory depends on
 PRESETS = {"cpu": (CPU, SCALED_UP), "gpu": (GPU, GPU)}  # for all stages but scaled_up, and for scaled_up
 
 
 def parse_size(text):
     if (number := parse_positive(text)) > MAX_SIZE:
-        raise argparse.ArgumentTypeError(f"{number} is too large, at most {MAX_SIZE}")
+        raise argparse.ArgumentTypeError(f"{number} is too large; the maximum is {MAX_SIZE}")
     return number
 
 
@@ -50,7 +50,7 @@ WIDTHS |= {"sample": SAMPLE_LENGTH}
 def make_parser():
     parser = Parser(
         prog="baby_gpt.py",
-        description="Train the models of eleven stages from a table of letter pairs to GPT-2.",
+        description="Train models of eleven stages, from a table of letter pairs to GPT-2.",
         argument_default=argparse.SUPPRESS,
         hint=" (the name of a stage goes after --stage)",
     )
@@ -59,24 +59,28 @@ def make_parser():
     one_of("--all", action="store_true", help="train all stages, one after the other")
     one_of("--markov", action="store_true", help="train a GPT with two tokens and show it as a Markov chain")
     add("--draw", metavar="FILE", help="path of the figure (default: baby_gpt.png for --all, markov.png for --markov)")
-    add("--seed", type=parse_count, default=1337, metavar="N", help="seed of the random numbers (default 1337)")
+    add("--seed", type=parse_count, default=1337, metavar="N", help="random seed (default: 1337)")
     add("--dataset", metavar="FILE", help="a UTF-8 text file (default: tinyshakespeare, which is downloaded)")
-    add("--data_dir", metavar="DIR", help="where tinyshakespeare is downloaded to (default data)")
-    add("--preset", choices=PRESETS, help="defaults of the options below: cpu (default), or gpu, days on a CPU")
+    add("--data_dir", metavar="DIR", help="where tinyshakespeare is downloaded to (default: data)")
+    add(
+        "--preset",
+        choices=PRESETS,
+        help="defaults of the options below: cpu (default), or gpu, which takes days on a CPU",
+    )
     for name, (kind, meaning) in HYPERPARAMETERS.items():
-        defaults = f"[cpu {CPU[name]}, scaled_up {SCALED_UP[name]}; gpu {GPU[name]}]"
+        defaults = f"[cpu {CPU[name]}, stage scaled_up {SCALED_UP[name]}; gpu {GPU[name]}]"
         flag = "--steps" if name == "num_iter" else f"--{name}"
         add(flag, dest=name, type=kind, metavar="N", help=f"{meaning} {defaults}")
     return parser
 
 
 def run(argv=None):
-    """Run the command line argv (default sys.argv[1:]) and return its exit code."""
+    """Run the command line argv (default: sys.argv[1:]); return the exit code."""
     return exit_code("baby_gpt.py", lambda: run_options(vars(make_parser().parse_args(argv))))
 
 
 def run_options(given):
-    """given: dict of the options on the command line."""
+    """Show the Markov chain or train stages. given: dict of the options on the command line."""
     if "markov" in given:
         show_markov(given)
     else:
@@ -100,7 +104,7 @@ def train_stages(given):
     results = []
     for stage in stages:
         results.append(train(stage, options[stage], data, chars))
-        print_row(cells(*results[-2:][::-1]))
+        print_row(cells(results[-1], results[-2] if len(results) > 1 else None))
     if "stage" in given:
         print("\n" + printable(results[0].text))
     if path:
@@ -127,13 +131,13 @@ def cells(result, previous=None):
     if previous:
         difference = round(val_loss - previous.curve[-1][2], 4)
         change = f"{difference:+.4f}" + ("" if difference < 0 else " no better")
-    text = printable(result.text[:SAMPLE_LENGTH]).replace("\n", "⏎")
+    text = printable(result.text[:SAMPLE_LENGTH]).replace("\n", "⏎").replace("\t", " ")
     losses = f"{train_loss:.4f}", f"{val_loss:.4f}"
     return result.stage, str(result.n_params), f"{result.seconds:.1f}", *losses, change, text
 
 
 def draw_curves(results, path):
-    """Save a figure of the validation losses; the first evaluations, of untrained models, are above its upper edge."""
+    """Save a figure of the validation losses; the evaluations of untrained models are cut off at the top."""
     from matplotlib import colormaps
 
     figure = new_figure(10, 6)

@@ -42,19 +42,21 @@ def evaluate(options):
     encoder, hparams, params = load_encoder_hparams_and_params(options.model_size, options.models_dir)
     context = options.context or hparams["n_ctx"]
     stride = options.stride or max(1, context // 2)
-    if not stride <= context <= hparams["n_ctx"]:
+    if context > hparams["n_ctx"]:
         raise UserError(
-            f"--stride {stride} must be at most --context {context}, and that at most {hparams['n_ctx']}, the context "
-            f"of {options.model_size}; choose smaller ones"
+            f"--context {context} is larger than the context of {options.model_size}; set at most {hparams['n_ctx']}"
         )
+    if stride > context:
+        raise UserError(f"--stride {stride} is larger than --context {context}; set at most {context}")
     ids = encoder.encode(text)
     n_scored = len(ids) - 1
     if n_scored < 1:
         raise UserError(f"{options.dataset} has {len(ids)} tokens; at least 2 are needed, as the first is not scored")
     loss = total_loss(ids, params, hparams["n_head"], context, stride, options.threads) / n_scored
     if not math.isfinite(loss):
-        remedy = "download it or train it again"
-        raise UserError(f"the loss is {loss}: the weights of {options.model_size} are damaged; {remedy}")
+        raise UserError(
+            f"the loss is {loss}: the weights of {options.model_size} are damaged; download or train it again"
+        )
     scored = encoder.decode(ids[1:])
     nats_per_char = n_scored * loss / len(scored)
     bits_per_byte = n_scored * loss / len(scored.encode("utf-8")) / math.log(2)

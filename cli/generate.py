@@ -23,20 +23,20 @@ def parse_page(text):
 def make_parser():
     parser = Parser(
         prog="gpt2.py",
-        description="Continue a text with GPT-2.",
-        epilog='A prompt that starts with a dash goes after two of them: python gpt2.py -- "--dashes"',
+        description="Continue a prompt with GPT-2, or explain its prediction.",
+        epilog='Put -- before a prompt that starts with a dash: python gpt2.py -- "--dashes"',
         hint=" (a prompt of several words goes in quotes, one that starts with a dash after --)",
     )
     add_general_options(parser)
     add_sampling_options(parser.add_argument_group("sampling"))
-    add_many_prompts_options(parser.add_argument_group("many prompts"))
-    add_speculative_options(parser.add_argument_group("speculative decoding (faster, the same text)"))
+    add_batch_options(parser.add_argument_group("batches"))
+    add_speculative_options(parser.add_argument_group("speculative decoding (the same text, often faster)"))
     return parser
 
 
 def add_general_options(parser):
     add = parser.add_argument
-    add("prompt", nargs="?", help="text to continue; - reads it from standard input; none: unconditional generation")
+    add("prompt", nargs="?", help="text to continue; -: read it from standard input; none: unconditional generation")
     add("--n_tokens_to_generate", type=parse_count, default=40, metavar="N", help="tokens to generate (default: 40)")
     add(
         "--model_size",
@@ -50,7 +50,7 @@ def add_general_options(parser):
         "--stream",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="print each token when it is generated (default: for a single sample on a terminal)",
+        help="print each token when it is generated (default: if the output is a terminal and --n_samples is 1)",
     )
     add("--interactive", action="store_true", help="read and continue one prompt per line until Ctrl-D")
     add(
@@ -82,11 +82,11 @@ def add_sampling_options(group):
         metavar="P",
         help="sample from the fewest tokens whose probabilities sum to at least P (default: 1, all)",
     )
-    add("--seed", type=parse_count, metavar="N", help="random seed: sample i uses N + i - 1 (default: a new one)")
+    add("--seed", type=parse_count, metavar="N", help="random seed: sample i uses N + i - 1 (default: a random one)")
     add("--n_samples", type=parse_positive, default=1, metavar="N", help="continuations per prompt (default: 1)")
 
 
-def add_many_prompts_options(group):
+def add_batch_options(group):
     add = group.add_argument
     add(
         "--prompts_file",
@@ -138,15 +138,15 @@ def dispatch(options):
 
 
 def check_explain_options(options):
-    """Raise UserError if an option is about the generation that --explain does not do."""
+    """Raise UserError for options that --explain does not use."""
     parser = make_parser()
-    useless = [
+    unused = [
         f"--{name}"
         for name, value in vars(options).items()
         if name not in EXPLAIN_OPTIONS and value != parser.get_default(name)
     ]
-    if useless:
-        raise UserError(f"--explain continues nothing; leave out {', '.join(useless)}")
+    if unused:
+        raise UserError(f"--explain does not generate text; leave out {', '.join(unused)}")
 
 
 def check_options(options):
@@ -155,23 +155,21 @@ def check_options(options):
     if sum(sources) > 1:
         raise UserError("give one of a prompt, --prompts_file and --interactive, not several")
     if options.output is not None and options.prompts_file is None:
-        raise UserError("--output takes the lines of --prompts_file; to save one continuation, redirect: > FILE")
+        raise UserError("--output needs --prompts_file; to save one continuation, redirect: > FILE")
     if options.draft_model and options.speculate == "lookup":
         raise UserError("--draft_model and --speculate lookup both draft tokens; leave one out")
     if options.temperature == 0 and (options.top_k or options.top_p < 1 or options.seed is not None):
         print(
             "note: at temperature 0 nothing is sampled, so --top_k, --top_p and --seed have no effect; "
-            "set --temperature 1",
+            "set --temperature above 0",
             file=sys.stderr,
         )
 
 
 def check_prompts_file_options(options):
-    """Raise UserError for options that only make sense for one prompt at a time."""
+    """Raise UserError for options that cannot be combined with --prompts_file."""
     if options.stream is not None:
         raise UserError("--prompts_file prints each continuation when it is complete; leave --stream out")
     drafts = "--draft_model" if options.draft_model else "--speculate lookup" if options.speculate == "lookup" else None
     if drafts:
-        raise UserError(
-            f"{drafts} is for one prompt at a time; --prompts_file is fast by --batch_size: leave one of them out"
-        )
+        raise UserError(f"{drafts} works on one prompt at a time; leave it out, or leave out --prompts_file")

@@ -1,7 +1,7 @@
 """What the command lines share: the argument parser, types of arguments, exit codes, error lines.
 
-Exit codes: 0 success, 2 a mistake that one line on standard error explains, 130 stopped with Ctrl-C, 141 the reader of
-standard output has gone.
+Exit codes: 0 success, 2 a user error, explained in one line on standard error, 130 stopped with Ctrl-C, 141 the reader
+of standard output has gone.
 """
 
 import argparse
@@ -47,12 +47,12 @@ def parse_count(text):
 
 def parse_positive(text):
     if (number := parse_count(text)) == 0:
-        raise argparse.ArgumentTypeError("0 is too few, at least 1")
+        raise argparse.ArgumentTypeError("'0' is not a whole number of at least 1")
     return number
 
 
 def number_type(is_valid, description):
-    """Return an argparse type for valid numbers; the description completes the message "... is not"."""
+    """Return an argparse type for valid numbers; description follows "is not" in the error message."""
 
     def parse(text):
         try:
@@ -78,7 +78,7 @@ def n_cores():
 
 
 def exit_code(program, work):
-    """Call work() and return its result (None: 0), or the exit code of an exception, explained in one error line."""
+    """Call work() and return its result (None: 0); print an exception as one line and return its exit code."""
     prepare_streams()
     try:
         return work() or 0
@@ -105,7 +105,7 @@ def prepare_streams():
 
 
 def discard_output():
-    """Redirect standard output to os.devnull: flushing the buffered rest at exit would fail."""
+    """Redirect standard output to os.devnull: flushing the remaining output at exit would fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

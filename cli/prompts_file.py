@@ -1,6 +1,6 @@
 """gpt2.py --prompts_file: one prompt per line in, one line of JSON per continuation out, in the order of the prompts.
 
-With --output, a run that was interrupted continues where it stopped: the lines that the file has are not made again.
+With --output, an interrupted run continues where it stopped: continuations in the file are not generated again.
 """
 
 import collections
@@ -24,7 +24,10 @@ def run_prompts_file(options):
         if todo:
             write_continuations(options, todo, output)
         else:
-            print(f"note: {options.output} is complete; for other options, name another --output", file=sys.stderr)
+            print(
+                f"note: {options.output} is complete; for other options, name another --output",
+                file=sys.stderr,
+            )
 
 
 def read_prompts(path):
@@ -58,7 +61,7 @@ def missing_samples(prompts, n_samples, finished):
 
 
 def write_continuations(options, todo, output):
-    """Generate and write the continuations in order; a prompt that is too long gets records of its error."""
+    """Generate and write the continuations in order; a prompt that is too long gets error records."""
     generator, requests, errors = Generator(options), [], []
     for number, (prompt, samples) in enumerate(todo):
         try:
@@ -93,7 +96,7 @@ def error_record(prompt, sample, error):
 class Output:
     """The destination of the lines of JSON: standard output, or a file that is appended to.
 
-    finished: a Counter of the (prompt, sample) that the file has.
+    finished: a Counter of the continuations in the file, by (prompt, sample).
     """
 
     def __init__(self, path, prompts_path):
@@ -119,7 +122,7 @@ class Output:
             os.remove(self.path)
 
     def read_finished(self, lines):
-        """Count the records in the file. An incomplete last line is left out of n_kept, the bytes to keep."""
+        """Count the continuations in the file, and the bytes to keep, n_kept: all but an incomplete last line."""
         for number, line in enumerate(lines, 1):
             try:
                 found = json.loads(line) if line.strip() else {"stop_reason": "error"}

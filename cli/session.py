@@ -22,7 +22,7 @@ from weights.names import n_params, tensor_shapes
 
 
 class Generator:
-    """A loaded model that generates as the command line's options say."""
+    """A loaded model and the options of generation."""
 
     def __init__(self, options):
         self.options = options
@@ -53,7 +53,7 @@ class Generator:
         n = self.options.n_tokens_to_generate
         if self.speculation:
             return self.speculation.generate_tokens(ids, n, self.sampler(i), self.stop_id)
-        return gpt2.generate_tokens(ids, self.params, self.n_head, n, self.sampler(i), self.stop_id)
+        return self.model.generate_tokens(ids, self.params, self.n_head, n, self.sampler(i), self.stop_id)
 
     def generate_batch(self, requests):
         """Yield the continuations of many requests; see engines.batching.generate_batch."""
@@ -69,7 +69,7 @@ class Generator:
             self.model, self.params = small_batch_model(self.params, self.n_head)
 
     def make_speculation(self):
-        """Return the speculative decoder that --speculate or --draft_model asks for."""
+        """Return the speculative decoder selected by --speculate or --draft_model."""
         from engines.speculative import Lookup, Speculation
 
         self.use_small_batch_model()
@@ -136,7 +136,7 @@ class Session:
     def answer(self, prompt):
         """Print the continuations of a prompt, and what speculative decoding did."""
         if prompt.endswith(" "):
-            print("note: the prompt ends with a space, which GPT-2 expects before the next word", file=sys.stderr)
+            print("note: the prompt ends with a space; remove it: GPT-2's tokens begin with one", file=sys.stderr)
         ids, speculation = self.generator.prompt_ids(prompt), self.generator.speculation
         if speculation:
             speculation.reset_counts()
@@ -176,7 +176,7 @@ class Session:
     def show_batch(self, ids):
         """Generate all samples in a batch and print each when it is complete. Ctrl-C prints the incomplete ones."""
         n_samples = self.options.n_samples
-        sampled = {i: [] for i in range(1, n_samples + 1)}  # ids by sample, less those that are printed
+        sampled = {i: [] for i in range(1, n_samples + 1)}  # ids of the samples that are not printed yet
         samplers = [recording(self.generator.sampler(i), found) for i, found in sampled.items()]
         results = ((i, new_ids) for (_, i), new_ids, _ in self.generator.generate_batch([(None, ids, samplers)]))
         ordered = in_order(results, range(1, n_samples + 1))
@@ -196,7 +196,7 @@ class Session:
 def with_bar(items, total, unit, printed):
     """Yield the items, with a progress bar if standard error is a terminal.
 
-    printed: whether the caller prints each item, for which the bar is cleared.
+    printed: whether the caller prints each item; the bar is then cleared before it.
     """
     if not sys.stderr.isatty():
         yield from items

@@ -41,7 +41,7 @@ def parse_name(text):
     return text
 
 
-TUNABLE = {  # options that presets or defaults give a value: by name the type or the choices, and the help text
+TUNABLE = {  # options with a default: (type or choices, help text) by name
     "model": {
         "n_layer": (parse_positive, "transformer blocks"),
         "n_head": (parse_positive, "attention heads per block"),
@@ -50,13 +50,16 @@ TUNABLE = {  # options that presets or defaults give a value: by name the type o
             ("bpe", "bytes", "gpt2"),
             "bpe: byte pair encoding learned from the text; bytes: single bytes; gpt2: GPT-2's own",
         ),
-        "vocab_size": (parse_positive, "vocabulary size of a bpe, at least 256"),
+        "vocab_size": (parse_positive, "vocabulary size of the bpe tokenizer, at least 256"),
     },
     "data": {
-        "layout": (("plain", "sections"), f"sections puts {END_OF_TEXT} before each part that follows a blank line"),
+        "layout": (
+            ("plain", "sections"),
+            f"plain: the text as it is; sections: {END_OF_TEXT} before each part that follows a blank line",
+        ),
         "block_size": (parse_positive, "context length in tokens"),
         "batch_size": (parse_positive, "windows of block_size tokens per batch"),
-        "gradient_accumulation_steps": (parse_positive, "batches per step"),
+        "gradient_accumulation_steps": (parse_positive, "batches whose gradients are averaged for an update"),
     },
     "optimization": {
         "max_iters": (parse_count, "total number of steps"),
@@ -64,7 +67,7 @@ TUNABLE = {  # options that presets or defaults give a value: by name the type o
         "warmup_iters": (parse_count, "steps of linear warm-up"),
         "lr_decay_iters": (parse_positive, "step at which the cosine decay reaches min_lr (default: max_iters)"),
         "min_lr": (parse_rate, "final learning rate (default: learning_rate / 20)"),
-        "weight_decay": (parse_rate, "AdamW's weight decay, of matrices"),
+        "weight_decay": (parse_rate, "AdamW's weight decay, applied to matrices only"),
         "beta1": (parse_fraction, "AdamW's decay rate of the first moment"),
         "beta2": (parse_fraction, "AdamW's decay rate of the second moment"),
         "grad_clip": (parse_rate, "largest global norm of the gradients, 0 for no clipping"),
@@ -72,7 +75,7 @@ TUNABLE = {  # options that presets or defaults give a value: by name the type o
         "seed": (parse_count, "random seed"),
     },
     "evaluation": {
-        "eval_interval": (parse_positive, "steps between evaluations, each of which saves"),
+        "eval_interval": (parse_positive, "steps between evaluations; each evaluation saves the model"),
         "eval_iters": (parse_positive, "batches per evaluation and split"),
     },
 }
@@ -82,15 +85,24 @@ def make_parser():
     parser = Parser(
         prog="train.py",
         description="Train a GPT-2 on a text, from scratch or from a pretrained model.",
-        epilog="Defaults are in brackets, for all presets or for each. With --resume, options keep their values.",
+        epilog="Defaults are in brackets: one for all presets, or one per preset. With --resume, options that are not "
+        "given keep their values.",
         argument_default=argparse.SUPPRESS,
         hint=" (a text goes after --dataset, the new model's name after --name)",
     )
     add = parser.add_argument
     add("--name", required=True, type=parse_name, help="name of the new model, a folder under models_dir")
-    add("--dataset", metavar="FILE", help="a UTF-8 text file, or tinyshakespeare, which is downloaded")
+    add(
+        "--dataset",
+        metavar="FILE",
+        help="a UTF-8 text file, or tinyshakespeare, which is downloaded",
+    )
     add("--init_from", metavar="MODEL", help="fine-tune this model (124M, ...); default: scratch, a new model")
-    add("--preset", choices=PRESETS, help="3min (default), 1h, or finetune (default with --init_from)")
+    add(
+        "--preset",
+        choices=PRESETS,
+        help="3min (default), 1h: the time on two cores; finetune: default with --init_from",
+    )
     add("--resume", action="store_true", help="continue from the last save of --name")
     add("--overwrite", action="store_true", help="replace the model --name if it exists")
     parser.add_models_dir()
@@ -115,7 +127,7 @@ def describe_defaults(name):
 
 
 def run(argv=None):
-    """Run the command line argv (default sys.argv[1:]) and return its exit code."""
+    """Run the command line argv (default: sys.argv[1:]); return the exit code."""
     return exit_code("train.py", lambda: run_training(vars(make_parser().parse_args(argv))))
 
 
@@ -132,14 +144,14 @@ def run_training(given):
         else:
             print(plan.describe(), file=sys.stderr)
             with trainer.threads():
-                compute_gradients(trainer)  # a dry run: fails now if the first step would fail
+                compute_gradients(trainer)  # a dry run: errors appear before any file is written
         prepare_folder(plan)
         finished = train(trainer, Report(trainer))
-    return print_result(plan) if finished else explain_stop(plan)
+    return print_result(plan) if finished else print_interruption(plan)
 
 
 def check_folder(model_dir, name, resume, overwrite):
-    """Raise UserError unless the folder can be resumed or created, whichever is asked for."""
+    """Raise UserError unless the model can be resumed, with --resume, or else created."""
     if resume and overwrite:
         raise UserError("give --resume or --overwrite, not both: one continues the model, the other replaces it")
     can_resume = os.path.exists(os.path.join(model_dir, STATE))
@@ -166,7 +178,7 @@ def print_result(plan):
     return 0
 
 
-def explain_stop(plan):
+def print_interruption(plan):
     print(
         f"stopped at step {plan.state.step} of {plan.options.max_iters} and saved; resume with: "
         f"python train.py {plan.options.model_arguments('--name')} --resume",

@@ -7,7 +7,6 @@ padding, and a row's result does not depend on the other rows, except for roundi
 """
 
 import copy
-import itertools
 
 import numpy as np
 
@@ -15,7 +14,7 @@ import gpt2
 
 
 class RowCaches:
-    """The caches of one layer of several rows, used as a single cache of shape [batch, n_head, n_seq, d]."""
+    """The caches of several rows for one block, used as a single cache of shape [batch, n_head, n_seq, d]."""
 
     def __init__(self, caches):
         self.caches = caches
@@ -87,14 +86,16 @@ def generate_batch(requests, params, n_head, n_tokens_to_generate, batch_size=8,
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     waiting, rows = start_rows(requests, params, n_head, n_tokens_to_generate, stop_id, model), []
     while True:
-        rows += itertools.islice(waiting, batch_size - len(rows))
-        if any(row.stop_reason for row in rows):
-            yield from ((row.key, row.ids, row.stop_reason) for row in rows if row.stop_reason)
-            rows = [row for row in rows if not row.stop_reason]
-        elif rows:
-            advance_rows(rows, params, n_head, model)
-        else:
+        while len(rows) < batch_size and (row := next(waiting, None)):
+            if row.stop_reason:
+                yield row.key, row.ids, row.stop_reason
+            else:
+                rows.append(row)
+        if not rows:
             return
+        advance_rows(rows, params, n_head, model)
+        yield from ((row.key, row.ids, row.stop_reason) for row in rows if row.stop_reason)
+        rows = [row for row in rows if not row.stop_reason]
 
 
 def in_order(results, keys):

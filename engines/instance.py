@@ -1,10 +1,10 @@
-"""A second instance of gpt2.py, from its own source: functions of it can be replaced while the first stays as it is."""
+"""Further instances of the module gpt2, whose functions can be replaced without changing gpt2 itself."""
 
 import importlib.util
 
 
 def new_instance():
-    """The module gpt2 once more, executed anew."""
+    """Return a new instance of the module gpt2, made from the same source."""
     spec = importlib.util.find_spec("gpt2")
     model = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(model)
@@ -12,7 +12,7 @@ def new_instance():
 
 
 def recording(function, results):
-    """The function, which also appends each of its results to a list."""
+    """Return a function that calls `function` and appends each of its results to the list `results`."""
 
     def recorded(*args, **kwargs):
         results.append(function(*args, **kwargs))

@@ -21,7 +21,7 @@ from engines.columns import LEAST_ROWS
 
 MAX_DRAFT = 15  # with the token before them 16 rows, which columns.py multiplies at once
 MAX_MATCH = 4  # tokens of the end of the text that Lookup searches for
-DECAY = 0.9  # per pass, of the counts behind the acceptance rate
+DECAY = 0.9  # factor by which the counts of the acceptance rate shrink per pass
 
 
 class Lookup:
@@ -43,7 +43,7 @@ class Lookup:
         if place is None:
             return []
         drafted = text[place : place + n]
-        while len(drafted) < n:  # the text ends before n tokens: it repeats itself, and the draft continues that
+        while len(drafted) < n:  # the match overlaps the end of the text: continue periodically
             drafted.append(drafted[place - len(text)])
         return drafted
 
@@ -99,7 +99,7 @@ class AcceptanceRate:
 
     @property
     def rate(self):
-        """The rate of the recent passes; 3/4, weighted as a single token, where they tell nothing."""
+        """The acceptance rate of the recent passes, with a prior of 3/4 that counts as one token."""
         return (self.accepted + 0.75) / (self.checked + 1)
 
     def update(self, n_accepted, n_draft):
@@ -121,7 +121,7 @@ class Speculation:
     make_drafter: makes the object that drafts for one text: Lookup, or a function that returns a Draft.
     model: the module gpt2, or small_batch_model's (parallel.py) with the params that belong to it.
 
-    Counts: n_passes, n_tokens (generated), n_draft (draft tokens checked), n_accepted.
+    Counts: n_passes, n_tokens (generated), n_draft (draft tokens), n_accepted.
     """
 
     def __init__(self, params, n_head, make_drafter=Lookup, model=gpt2):

@@ -1,10 +1,13 @@
+import contextlib
 import functools
 import io
 import pathlib
 import shutil
 import signal
 import sys
+import types
 
+import numpy as np
 import pytest
 
 from tests.random_model import (
@@ -17,6 +20,8 @@ from tests.random_model import (
     write_vocabulary,
 )
 from utils import load_encoder_hparams_and_params
+from weights.errors import UserError
+from weights.names import flatten
 
 ROOT = pathlib.Path(__file__).parent.parent
 # all dimensions differ; n_embd is not a multiple of 16, so that some tensors do not fill cache lines
@@ -38,14 +43,14 @@ PROMPTS = [
 
 
 @pytest.fixture(autouse=True)
-def no_mirror(monkeypatch):
-    """No test downloads anything, except from a server that it starts itself."""
+def environment(monkeypatch):
+    """The same for everyone: nothing is downloaded, and no setting hides a missing flush or a wrong encoding.
+
+    An interrupted program ignores further Ctrl-C; the next test does not.
+    """
     monkeypatch.setenv("GPT2_BASE_URL", "http://127.0.0.1:9/nothing-listens-here")
-
-
-@pytest.fixture(autouse=True)
-def ctrl_c():
-    """An interrupted program ignores further Ctrl-C; the next test does not."""
+    for name in ("PYTHONUNBUFFERED", "PYTHONIOENCODING", "PYTHONUTF8"):
+        monkeypatch.delenv(name, raising=False)
     yield
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -98,14 +103,40 @@ def need(path):
     return path
 
 
+@contextlib.contextmanager
+def one_line_error(*words, kind=UserError):
+    """The block raises an error of this kind, in one line that contains the words."""
+    with pytest.raises(kind) as error:
+        yield
+    message = str(error.value)
+    assert "\n" not in message
+    assert [word for word in map(str, words) if word not in message] == [], message
+
+
+def assert_same_params(params, tensors):
+    """The tiny model's nested params have exactly these tensors, bit for bit."""
+    found = flatten(params, TINY)
+    assert list(found) == list(tensors)
+    for name, tensor in tensors.items():
+        assert (found[name].dtype, found[name].shape) == (np.float32, tensor.shape), name
+        assert found[name].tobytes() == tensor.tobytes(), name
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def flipped(data, position=-100, bit=1):
+    """Return the bytes with one bit flipped."""
+    position %= len(data)
+    return data[:position] + bytes([data[position] ^ bit]) + data[position + 1 :]
+
+
+def set_free_space(monkeypatch, n_bytes):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=n_bytes))
+
+
 # gpt2.py's command line
-
-
-@pytest.fixture(autouse=True)
-def usual_python(monkeypatch):
-    """Settings of the person who runs the tests that would hide a missing flush or a wrong encoding."""
-    for name in ("PYTHONUNBUFFERED", "PYTHONIOENCODING", "PYTHONUTF8"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

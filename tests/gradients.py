@@ -7,6 +7,7 @@ in float32; the finite differences are central, in float64, along one random dir
 """
 
 import numpy as np
+import torch
 
 import gpt2
 from tests.random_model import random_tensors
@@ -18,23 +19,18 @@ HPARAMS = {"n_vocab": 300, "n_ctx": 64, "n_embd": 48, "n_head": 4, "n_layer": 4}
 BATCH = (4, 64)
 
 
-def batch(hparams=None, shape=BATCH):
-    rng = np.random.default_rng(1)
-    return rng.integers(0, (hparams or HPARAMS)["n_vocab"], (2, *shape))
+def batch(hparams=HPARAMS, shape=BATCH):
+    return np.random.default_rng(1).integers(0, hparams["n_vocab"], (2, *shape))
 
 
 def torch_model(hparams, tensors):
     """Return transformers' model with these tensors and without dropout, and its parameters by checkpoint name."""
-    import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.set_num_threads(1)  # for a model this small, more threads take longer
-    config = GPT2Config(
-        vocab_size=hparams["n_vocab"],
-        n_positions=hparams["n_ctx"],
-        **{name: hparams[name] for name in ("n_embd", "n_head", "n_layer")},
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
-    )
+    shape = {name: hparams[name] for name in ("n_embd", "n_head", "n_layer")}
+    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    config = GPT2Config(vocab_size=hparams["n_vocab"], n_positions=hparams["n_ctx"], **shape, **rates)
     model = GPT2LMHeadModel(config)
     theirs = dict(model.transformer.named_parameters())
     by_name = {name: theirs[hugging_face_name(name)] for name in tensors}
@@ -45,8 +41,6 @@ def torch_model(hparams, tensors):
 
 
 def torch_loss(model, inputs, targets):
-    import torch
-
     logits = model(torch.from_numpy(inputs)).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(targets).flatten())
 

@@ -38,13 +38,12 @@ def write_vocabulary(model_dir, text, n_vocab):
     tokenizer.train_from_iterator([text], vocab_size=n_vocab - 1, min_frequency=1, show_progress=False)
     tokenizer.save_model(str(model_dir))
     os.replace(os.path.join(model_dir, "merges.txt"), os.path.join(model_dir, "vocab.bpe"))
-    with open(os.path.join(model_dir, "vocab.json"), encoding="utf-8") as f:
-        vocabulary = json.load(f)
     os.remove(os.path.join(model_dir, "vocab.json"))
+    vocabulary = tokenizer.get_vocab()
     if len(vocabulary) != n_vocab - 1:
         raise ValueError(f"the text gives {len(vocabulary)} tokens, not {n_vocab - 1}")
     with open(os.path.join(model_dir, "encoder.json"), "w", encoding="utf-8") as f:
-        json.dump(vocabulary | {"<|endoftext|>": n_vocab - 1}, f)
+        json.dump(vocabulary | {"<|endoftext|>": n_vocab - 1}, f, sort_keys=True)
 
 
 def write_byte_vocabulary(model_dir, n_vocab):

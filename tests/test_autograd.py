@@ -1,7 +1,5 @@
 """training/autograd.py and training/fused.py against finite differences in float64 and against PyTorch."""
 
-import functools
-import gc
 import itertools
 import weakref
 
@@ -29,14 +27,12 @@ def rand(*shape):
 
 def numeric_gradient(function, arrays, i, step=1e-6):
     """d sum(weighted(function)) / d arrays[i], element by element."""
-    gradient = np.zeros_like(arrays[i])
-    for index in np.ndindex(arrays[i].shape):
-        ends = []
-        for sign in (1, -1):
-            moved = [a.copy() for a in arrays]
-            moved[i][index] += sign * step
-            ends.append(np.sum(weighted(function(*moved))))
-        gradient[index] = (ends[0] - ends[1]) / (2 * step)
+    gradient, move = np.zeros((2, *arrays[i].shape))
+    for index in np.ndindex(gradient.shape):
+        move[index] = step
+        ends = [[*arrays[:i], moved, *arrays[i + 1 :]] for moved in (arrays[i] + move, arrays[i] - move)]
+        above, below = (np.sum(weighted(function(*end))) for end in ends)
+        gradient[index], move[index] = (above - below) / (2 * step), 0
     return gradient
 
 
@@ -56,12 +52,10 @@ def in_place(x):
 
 IDS = np.array([[2, 0, 2], [1, 2, 2]])
 CASES = {
-    "add": (np.add, rand(2, 3), rand(2, 3)),
     "add, broadcast": (np.add, rand(4, 2, 3), rand(2, 1)),
     "subtract": (np.subtract, rand(2, 3), rand(3)),
     "negative": (np.negative, rand(3)),
     "multiply, broadcast twice": (np.multiply, rand(4, 1, 3), rand(2, 1)),
-    "multiply by a scalar": (np.multiply, rand(), rand(2, 3)),
     "divide": (np.divide, rand(2, 3), rand(1, 3)),
     "power": (np.power, rand(2, 3), rand(3)),
     "square": (lambda x: x**2, rand(2, 3)),
@@ -71,33 +65,23 @@ CASES = {
     "tanh": (np.tanh, rand(2, 3)),
     "matmul": (np.matmul, rand(2, 3), rand(3, 4)),
     "matmul, stacked": (np.matmul, rand(5, 2, 3), rand(5, 3, 4)),
-    "matmul, one for all": (np.matmul, rand(5, 2, 3), rand(3, 4)),
     "matmul, transposed": (lambda a, b: a @ b.T, rand(2, 3), rand(4, 3)),
     "sum": (np.sum, rand(2, 3)),
-    "sum, axis": (lambda x: np.sum(x, axis=1), rand(2, 3)),
     "sum, axes": (lambda x: np.sum(x, axis=(0, 2), keepdims=True), rand(2, 3, 4)),
-    "mean": (np.mean, rand(2, 3)),
     "mean, axis": (lambda x: np.mean(x, axis=-1, keepdims=True), rand(2, 3)),
-    "mean, first axis": (lambda x: np.mean(x, axis=0), rand(2, 3)),
-    "max": (np.max, rand(2, 3)),
     "max, axis": (lambda x: np.max(x, axis=-1, keepdims=True), rand(2, 3)),
     "reshape": (lambda x: x.reshape(3, -1), rand(2, 6)),
-    "np.reshape": (lambda x: np.reshape(x, (-1,)), rand(2, 6)),
     "swapaxes": (lambda x: np.swapaxes(x, 0, -1), rand(2, 3, 4)),
     "T": (lambda x: x.T, rand(2, 3)),
     "slice": (lambda x: x[..., 1:3], rand(2, 4)),
     "slice and integer": (lambda x: x[:, 1], rand(2, 4, 3)),
-    "newest position": (lambda x: x[..., -1:, :], rand(2, 4, 3)),
     "rows by ids": (lambda x: x[IDS], rand(3, 4)),
-    "elements by ids": (lambda x: x[IDS], rand(3)),
     "ids from the end": (lambda x: x[IDS - 3], rand(3, 4)),
-    "a list of ids": (lambda x: x[[1, 1, 0]], rand(3, 4)),
     "ids of the second axis": (lambda x: x[:, IDS], rand(2, 3)),
     "a mask": (lambda x: x[np.array([True, False, True])], rand(3, 4)),
     "new axis": (lambda x: x[:, None, 1:], rand(3, 4)),
     "split": (lambda x: np.multiply(*np.split(x, 2, axis=-1)), rand(3, 4)),
     "split, first axis": (lambda x: np.multiply(*np.split(x, 2)), rand(4, 3)),
-    "used twice": (lambda x: x * x + x, rand(3)),
     "used unchanged and broadcast": (lambda x, y: x + y * x, rand(3), rand(2, 3)),
     "operators": (lambda x: 1 - (2 / x) * 3 + x / 2 - x - 1 + -x, rand(3)),
     "in place": (in_place, rand(3)),
@@ -121,18 +105,12 @@ def test_gradients_are_the_finite_differences_and_float32_stays_float32(case):
 
 
 def test_every_operation_is_among_the_cases(monkeypatch):
-    used = set()
-    for numpy_function, operation in list(OPERATIONS.items()):
-
-        @functools.wraps(operation)
-        def recording(*args, operation=operation, numpy_function=numpy_function, **options):
-            used.add(numpy_function)
-            return operation(*args, **options)
-
-        monkeypatch.setitem(OPERATIONS, numpy_function, recording)
+    operations, used = dict(OPERATIONS), set()
+    for key, f in operations.items():
+        monkeypatch.setitem(OPERATIONS, key, lambda *args, key=key, f=f, **named: (used.add(key), f(*args, **named))[1])
     for function, *arrays in CASES.values():
         function(*map(Tensor, arrays))
-    assert used == OPERATIONS.keys()
+    assert used == operations.keys()
 
 
 def test_constants_are_not_differentiated():
@@ -180,51 +158,32 @@ def test_gradients_add_up_and_share_no_memory():
     np.testing.assert_allclose([a.grad, b.grad], [[8, 8, 8], [3, 3, 3]])
 
 
-def test_recorded_operations_are_freed_by_backward():
-    x = Tensor(rand(3))
-    middle = np.exp(x)
-    kept = weakref.ref(middle.data)
-    y = np.sum(middle * x)
-    del middle
-    assert kept() is not None
-    y.backward()
-    gc.collect()
-    assert kept() is None
-    with pytest.raises(ValueError, match="already run"):
-        y.backward()
-
-
 def test_memory_is_freed_while_backward_runs():
     """When the gradient arrives at the first operation, the arrays of the last are freed."""
     x, alive = Tensor(rand(3)), []
-    y = fuse(lambda x: x * 1, lambda dy, y, x: [alive.append(last()) or dy])(x)
-    y = np.tanh(y)
+    y = np.tanh(fuse(lambda x: x * 1, lambda dy, y, x: [alive.append(last()) or dy])(x))
     z = np.exp(y)
     last = weakref.ref(z.data)
-    total = np.sum(z)
+    total = np.sum(z * y)
     del z
+    assert last() is not None
     total.backward()
     assert alive == [None]
+    with pytest.raises(ValueError, match="already run"):
+        total.backward()
 
 
 @pytest.mark.parametrize(
     ("call", "name"),
     [
         (np.sin, "np.sin"),
-        (np.cumsum, "np.cumsum"),
         (np.add.reduce, "np.add.reduce"),
         (lambda x: np.sum(x, where=x.data > 0), "np.sum with where"),
         (lambda x: np.add(x, x, out=x.data), "np.add with out"),
-        (lambda x: np.exp(x, dtype=np.float32), "np.exp with dtype"),
-        (lambda x: np.mean(x, dtype=np.float32), "np.mean with dtype"),
-        (lambda x: np.mean(a=x), "np.mean with a"),
         (lambda x: np.sum(x, 0, np.float64), "np.sum with such arguments"),
         (lambda x: np.split(x, [1]), "np.split with indices"),
-        (lambda x: x > 0, "np.greater"),
-        (np.argmax, "np.argmax"),
         (lambda x: np.concatenate([x, x]), "np.concatenate"),
         (lambda x: x @ rand(3), "np.matmul with a vector"),
-        (lambda x: np.zeros(3).__iadd__(x), "np.add with out"),
     ],
 )
 def test_functions_without_a_derivative_are_named(call, name):
@@ -232,10 +191,10 @@ def test_functions_without_a_derivative_are_named(call, name):
         call(Tensor(rand(3)))
 
 
-def test_a_tensor_is_not_converted_to_an_array():
-    for call in (np.asarray, np.array, np.float64, lambda x: np.zeros(3).__setitem__(slice(None), x)):
-        with pytest.raises(TypeError, match=r"take its \.data"):
-            call(Tensor(rand(3)))
+@pytest.mark.parametrize("call", [np.asarray, np.float64, lambda x: np.zeros(3).__setitem__(slice(None), x)])
+def test_a_tensor_is_not_converted_to_an_array(call):
+    with pytest.raises(TypeError, match=r"take its \.data"):
+        call(Tensor(rand(3)))
 
 
 def test_impossible_calls_are_refused():
@@ -245,15 +204,14 @@ def test_impossible_calls_are_refused():
         np.split(Tensor(rand(3)), 2)
 
 
-BINARY = [  # in NumPy and in PyTorch
-    (lambda a, b: a + b,) * 2,
-    (lambda a, b: a * b,) * 2,
-    (lambda a, b: a - b,) * 2,
-    (lambda a, b: a / (b * b + 1.0),) * 2,
-    (lambda a, b: np.tanh(a) * b, lambda a, b: torch.tanh(a) * b),
-    (lambda a, b: np.exp(np.tanh(a)) - b, lambda a, b: torch.exp(torch.tanh(a)) - b),
-    (lambda a, b: np.mean(a) * b, lambda a, b: a.mean() * b),
-    (lambda a, b: np.sum(a, axis=None) * 0.1 + b, lambda a, b: a.sum() * 0.1 + b),
+BINARY = [  # m is numpy or torch
+    lambda m, a, b: a + b,
+    lambda m, a, b: a * b,
+    lambda m, a, b: a - b,
+    lambda m, a, b: a / (b * b + 1.0),
+    lambda m, a, b: m.exp(m.tanh(a)) - b,
+    lambda m, a, b: m.mean(a) * b,
+    lambda m, a, b: m.sum(a) * 0.1 + b,
 ]
 
 
@@ -265,12 +223,11 @@ def test_random_expressions_have_pytorchs_gradients(seed):
     ours, theirs = [Tensor(v) for v in values], [torch.tensor(v, requires_grad=True) for v in values]
     leaves = list(zip(ours, theirs, strict=True))
     for _ in range(10):
-        our_f, their_f = BINARY[rng.integers(len(BINARY))]
-        i, j = rng.integers(len(ours), size=2)
-        ours.append(our_f(ours[i], ours[j]))
-        theirs.append(their_f(theirs[i], theirs[j]))
+        function, (i, j) = BINARY[rng.integers(len(BINARY))], rng.integers(len(ours), size=2)
+        ours.append(function(np, ours[i], ours[j]))
+        theirs.append(function(torch, theirs[i], theirs[j]))
     np.mean(ours[-1] + ours[-2] * ours[-3]).backward()
-    (theirs[-1] + theirs[-2] * theirs[-3]).mean().backward()
+    torch.mean(theirs[-1] + theirs[-2] * theirs[-3]).backward()
     for mine, other in leaves:
         assert (mine.grad is None) == (other.grad is None)
         if other.grad is not None:
@@ -302,10 +259,8 @@ def test_pico_is_differentiable_unchanged():
 
 def test_logits_of_tensors_are_those_of_their_arrays_bit_for_bit():
     arrays, ids = random_tensors(HPARAMS), gradients.batch()[0]
-    tensors = {name: Tensor(array) for name, array in arrays.items()}
-    plain, recorded = (
-        gpt2.gpt2(ids, **nest(a, HPARAMS["n_layer"]), n_head=HPARAMS["n_head"]) for a in (arrays, tensors)
-    )
+    both = (arrays, {name: Tensor(array) for name, array in arrays.items()})
+    plain, recorded = (gpt2.gpt2(ids, **nest(a, HPARAMS["n_layer"]), n_head=HPARAMS["n_head"]) for a in both)
     assert isinstance(recorded, Tensor) and isinstance(plain, np.ndarray)
     np.testing.assert_array_equal(recorded.data, plain)
 
@@ -349,7 +304,7 @@ def test_fused_functions_are_gpt2s_forward_and_pytorchs_backward(shape):
 
 
 @pytest.mark.parametrize("shape", [(7,), (4, 5, 3)])
-def test_cross_entropy_is_pytorchs(shape):
+def test_cross_entropy_is_pytorchs_and_finite_for_extreme_logits(shape):
     rng = np.random.default_rng(0)
     logits, targets = 5 * rng.standard_normal((*shape, 11), dtype=np.float32), rng.integers(0, 11, shape)
     ours, theirs = Tensor(logits), torch.tensor(logits, requires_grad=True)
@@ -359,9 +314,6 @@ def test_cross_entropy_is_pytorchs(shape):
     expected.backward()
     np.testing.assert_allclose([loss.data, fused.cross_entropy(logits, targets)], expected.item(), rtol=1e-6)
     np.testing.assert_allclose(ours.grad, theirs.grad.numpy(), rtol=1e-4, atol=1e-8)
-
-
-def test_cross_entropy_of_extreme_logits_is_finite():
     logits = np.array([[1e4, 0, -1e4], [-1e4, 0, 1e4]], dtype=np.float32)
     np.testing.assert_allclose(fused.token_losses(logits, np.array([0, 1])), [0, 1e4])
 
@@ -375,15 +327,12 @@ def apply_dropout(p, *seed, x):
     return drop.after(lambda x: x)(x)
 
 
-def test_dropout_zeroes_a_fraction_and_keeps_the_mean():
+def test_dropout_zeroes_a_fraction_and_keeps_the_mean_and_depends_on_its_seed_alone():
+    x = np.ones((200, 300), np.float32)
     for p in (0.1, 0.5):
-        y = apply_dropout(p, 1, x=np.ones((200, 300), np.float32))
+        y = apply_dropout(p, 1, x=x)
         assert abs(np.mean(y == 0) - p) < 0.01 and y.dtype == np.float32
         np.testing.assert_allclose(y[y != 0], 1 / (1 - p), rtol=1e-4)
-
-
-def test_dropout_depends_on_its_seed_alone_and_so_does_its_gradient():
-    x = np.ones((20, 30), np.float32)
     leaf = Tensor(x)
     np.sum(apply_dropout(0.5, 1, 2, x=leaf)).backward()
     np.testing.assert_array_equal(leaf.grad, apply_dropout(0.5, 1, 2, x=x))
@@ -394,11 +343,10 @@ def test_dropout_depends_on_its_seed_alone_and_so_does_its_gradient():
 def test_dropout_is_where_the_paper_has_it():
     """After embed, softmax, mha and ffn of the training model; gpt2 itself is unchanged."""
     params, ids = nest(random_tensors(HPARAMS), HPARAMS["n_layer"]), gradients.batch()[0]
-    names, results = ("gelu", "softmax", "layer_norm", "embed", "mha", "ffn"), {}
-    before = {name: getattr(gpt2, name) for name in names}
+    names = ("gelu", "softmax", "layer_norm", "embed", "mha", "ffn")
+    before, results = {name: getattr(gpt2, name) for name in names}, {name: [] for name in names}
     model = fused.training_model(0.5)
     for name in names:
-        results[name] = []
         setattr(model, name, recording(getattr(model, name), results[name]))
     model.gpt2(ids, **params, n_head=HPARAMS["n_head"])
     for name, fraction in zip(names, (0, 0.75, 0, 0.5, 0.5, 0.5), strict=True):  # half of the weights are masked anyway

@@ -1,11 +1,8 @@
 """The page of --explain in a headless Chromium: its values against the forward pass, keyboard, phone, contrast."""
 
-import functools
-import http.server
 import pathlib
 import re
 import shutil
-import threading
 import time
 
 import numpy as np
@@ -15,6 +12,7 @@ from cli.explain import K, token_text
 from cli.generate import run as run_gpt2
 from explain.page import make_page
 from explain.trace import logit_lens, trace
+from gpt2 import softmax
 from tests.conftest import TINY
 
 PROMPT = "Dear <b>Sir</b>,\n你 🤗\\ and"
@@ -65,13 +63,15 @@ OPACITIES = """(canvas) => {
   copy.drawImage(canvas, 0, 0);
   return Array.from(copy.getImageData(0, 0, canvas.width, canvas.height).data).filter((_, i) => i % 4 === 3);
 }"""
+# The elements that end to the right of the width.
+BEYOND = """(width) => [...document.querySelectorAll("body *")]
+  .filter((e) => e.getBoundingClientRect().right > width + 0.5).map((e) => e.outerHTML)"""
 # Attempts to load four resources; done when all have failed or succeeded.
 REQUESTS = """async (url) => {
   const load = (tag, attributes) => new Promise((done) => document.head.append(
     Object.assign(document.createElement(tag), {...attributes, onload: done, onerror: done})));
-  await Promise.all([load("img", {src: `${url}/image`}), load("script", {src: `${url}/script`}),
-    load("link", {rel: "stylesheet", href: `${url}/style`}),
-    fetch(`${url}/fetch`, {mode: "no-cors"}).catch(() => null)]);
+  await Promise.all([load("img", {src: url + 1}), load("script", {src: url + 2}),
+    load("link", {rel: "stylesheet", href: url + 3}), fetch(url + 4).catch(() => null)]);
 }"""
 
 
@@ -88,35 +88,26 @@ def browser():
         chromium.close()
 
 
-@pytest.fixture(scope="module")
-def page_of(tiny_models_dir, tmp_path_factory):
+@pytest.fixture
+def page_of(tiny_flags, tmp_path):
     """A function from a prompt to the path of its page, written by gpt2.py."""
 
-    @functools.cache
     def write(prompt):
-        path = tmp_path_factory.mktemp("page") / "out.html"
-        flags = ["--model_size", "tiny", "--models_dir", str(tiny_models_dir)]
-        assert run_gpt2(["--explain", str(path), *flags, "--", prompt]) == 0
+        path = tmp_path / "out.html"
+        assert run_gpt2(["--explain", str(path), *tiny_flags, "--", prompt]) == 0
         return path
 
     return write
 
 
-@pytest.fixture(scope="module")
-def tab(browser):
-    """A tab, and what its pages have logged, asked, or requested besides themselves."""
-    tab, events = browser.new_page(), []
-    tab.on("console", lambda message: events.append(message.text))
-    tab.on("pageerror", lambda error: events.append(str(error)))
-    tab.on("dialog", lambda dialog: (events.append(dialog.message), dialog.dismiss()))
-    tab.on("request", lambda request: events.append(request.url) if not request.is_navigation_request() else None)
-    return tab, events
-
-
 @pytest.fixture
-def opened(tab, page_of):
-    """A function that opens the page of a prompt, or a path, in the tab; at the end no event may have occurred."""
-    page, events = tab
+def opened(browser, page_of):
+    """A function that opens the page of a prompt, or a path, in a tab that may not log, ask or request anything."""
+    page, events = browser.new_page(), []
+    page.on("console", lambda message: events.append(message.text))
+    page.on("pageerror", lambda error: events.append(str(error)))
+    page.on("dialog", lambda dialog: (events.append(dialog.message), dialog.dismiss()))
+    page.on("request", lambda request: events.append(request.url) if not request.is_navigation_request() else None)
 
     def open_page(prompt=PROMPT, viewport=DESK, color_scheme="light"):
         page.set_viewport_size(viewport)
@@ -125,6 +116,7 @@ def opened(tab, page_of):
         return page
 
     yield open_page
+    page.close()
     assert events == []
 
 
@@ -133,14 +125,12 @@ def forward(tiny):
     """A function from a prompt to its ids, the text of every id, its Trace, and the probabilities for each layer."""
     encoder, hparams, params = tiny
 
-    @functools.cache
     def run(prompt):
         ids = encoder.encode(prompt)
         traced = trace(ids, params, hparams["n_head"])
-        logits = logit_lens(traced.hidden, params["ln_f"], params["wte"]).astype(np.float64)
-        exp_logits = np.exp(logits - logits.max(-1, keepdims=True))
-        texts = [token_text(encoder, i) for i in range(TINY["n_vocab"])]
-        return ids, np.array(texts, dtype=object), traced, exp_logits / exp_logits.sum(-1, keepdims=True)
+        logits = logit_lens(traced.hidden, params["ln_f"], params["wte"])
+        texts = np.array([token_text(encoder, i) for i in range(TINY["n_vocab"])], dtype=object)
+        return ids, texts, traced, softmax(logits.astype(np.float64))
 
     return run
 
@@ -232,26 +222,16 @@ def test_a_vocabulary_and_a_model_name_stay_text(opened, tmp_path):
 
 
 def test_the_content_security_policy_blocks_all_requests(browser, page_of):
-    reached = set()
+    def reached(url):
+        page, urls = browser.new_page(), set()
+        page.route(re.compile("^http:"), lambda route: (urls.add(route.request.url), route.abort()))
+        page.goto(url)
+        page.evaluate(REQUESTS, "http://127.0.0.1:9/")
+        page.close()
+        return urls
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            reached.add(self.path)
-            self.send_error(404)
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        for path, expected in ((page_of("a"), set()), (None, {"/image", "/script", "/style", "/fetch"})):
-            page = browser.new_page()
-            if path:  # the empty page has no policy: the requests reach the server
-                page.goto(path.as_uri())
-            page.evaluate(REQUESTS, f"http://127.0.0.1:{server.server_port}")
-            page.close()
-            assert reached == expected
-        server.shutdown()
+    assert reached(page_of("a").as_uri()) == set()
+    assert len(reached("about:blank")) == 4  # without a policy
 
 
 # Keyboard
@@ -260,7 +240,7 @@ def test_the_content_security_policy_blocks_all_requests(browser, page_of):
 def test_everything_can_be_selected_by_keyboard_and_the_focus_is_visible(opened, forward):
     page, forward_pass = opened(LONG, PHONE), forward(LONG)
     ids, texts, *_ = forward_pass
-    n, n_layer, n_head = len(ids), TINY["n_layer"], TINY["n_head"]
+    n = len(ids)
     assert page.locator("#tokens").evaluate("(e) => e.scrollHeight > e.clientHeight"), "the test needs more tokens"
     tokens, last = page.locator("#tokens").bounding_box(), page.locator("#tokens :checked").bounding_box()
     assert last["y"] + last["height"] <= tokens["y"] + tokens["height"], "the selected token is not visible"
@@ -279,14 +259,12 @@ def test_everything_can_be_selected_by_keyboard_and_the_focus_is_visible(opened,
     assert [press("Tab"), *(press("ArrowRight") for _ in range(n - 1))] == [names[-1], *names[:-1]]
     check_predictions(page.evaluate(CONTENTS), forward_pass, n - 2)
     assert press("ArrowUp") == names[n - 3]
-    assert press("Tab", "ArrowLeft") == f"layer {n_layer} of {n_layer}"
-    head = rf"head {n_head} of {n_head}, largest weight: .+ \d+\.\d\d%"
-    assert re.fullmatch(head, press("Tab", "ArrowLeft"))
-    check_attention(page.evaluate(CONTENTS), forward_pass, n - 3, n_layer - 1, n_head - 1)
+    assert press("Tab", "ArrowLeft") == "layer 2 of 2"
+    assert re.fullmatch(r"head 3 of 3, largest weight: .+ \d+\.\d\d%", press("Tab", "ArrowLeft"))
+    check_attention(page.evaluate(CONTENTS), forward_pass, n - 3, 1, 2)
     page.evaluate("scrollTo(0, document.body.scrollHeight)")
     assert press("Shift+Tab").startswith("layer ")
-    page.keyboard.press("Tab")
-    page.keyboard.press("Tab")
+    page.locator("#heads :checked").press("Tab")
     assert page.evaluate("document.activeElement === document.body || !document.hasFocus()"), "a fourth stop"
 
 
@@ -302,16 +280,12 @@ def test_groups_maps_and_sections_have_names(opened):
 # Widths and color schemes
 
 
-@pytest.mark.parametrize("prompt", [PROMPT, LONG, HOSTILE, "a"])
+@pytest.mark.parametrize("prompt", [LONG, HOSTILE, "a"])
 def test_no_width_needs_horizontal_scrolling(opened, prompt):
     page = opened(prompt)
-    for width in (320, 360, 400, 768, 1024, 1600):
+    for width in (320, 400, 1024, 1600):
         page.set_viewport_size({"width": width, "height": 740})
-        beyond = page.evaluate(
-            """(width) => [...document.querySelectorAll("body *")]
-                .filter((e) => e.getBoundingClientRect().right > width + 0.5).map((e) => e.outerHTML)""",
-            width,
-        )
+        beyond = page.evaluate(BEYOND, width)
         assert beyond == [] and page.evaluate("document.documentElement.scrollWidth") <= width, width
 
 

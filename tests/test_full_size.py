@@ -56,6 +56,12 @@ def theirs(folder, ours):
     return GPT2LMHeadModel.from_pretrained(folder).eval()
 
 
+def assert_same_continuation(found, theirs, ids, n_tokens=64):
+    new = their_greedy_ids(theirs, ids, n_tokens)
+    assert len(set(new)) > 8, "too few different tokens to show a difference"
+    assert_same_ids(found, new, lambda i: their_logits(theirs, [ids + new[:i]])[0, -1])
+
+
 def test_checkpoint_is_as_large_as_openais(folder):
     assert (folder / "model.ckpt.data-00000-of-00001").stat().st_size == 497_759_232
 
@@ -67,13 +73,7 @@ def test_logits_and_64_greedy_ids(ours, theirs, prompt):
     expected = their_logits(theirs, [ids])[0]
     logits = gpt2.gpt2(ids, **params, n_head=hparams["n_head"])
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
-    new = their_greedy_ids(theirs, ids, 64)
-    assert len(set(new)) > 8, "too few different tokens to show a difference"
-    assert_same_ids(
-        gpt2.generate(ids, params, hparams["n_head"], 64),
-        new,
-        lambda i: their_logits(theirs, [ids + new[:i]])[0, -1],
-    )
+    assert_same_continuation(gpt2.generate(ids, params, hparams["n_head"], 64), theirs, ids)
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +89,7 @@ def test_twelve_prompts_in_batches_of_five(ours, theirs, laid_out):
     prompts = [prompt_ids(encoder, prompt) for prompt in PROMPTS]
     requests = [(i, ids, [np.argmax]) for i, ids in enumerate(prompts)]
     for key, ids, _ in batching.generate_batch(requests, params, hparams["n_head"], 64, 5, model=model):
-        start, new = prompts[key[0]], their_greedy_ids(theirs, prompts[key[0]], 64)
-        assert_same_ids(ids, new, lambda i, start=start, new=new: their_logits(theirs, [start + new[:i]])[0, -1])
+        assert_same_continuation(ids, theirs, prompts[key[0]])
 
 
 def test_speculative_decoding_gives_the_same_tokens(ours, theirs, laid_out):
@@ -116,12 +115,7 @@ def test_pico_gives_the_same_ids(ours):
 def test_a_full_context(ours, theirs):
     _, hparams, params = ours
     ids = np.random.default_rng(0).integers(0, SIZE_124M["n_vocab"], 1000).tolist()
-    new = their_greedy_ids(theirs, ids, 24)
-    assert_same_ids(
-        gpt2.generate(ids, params, hparams["n_head"], 24),
-        new,
-        lambda i: their_logits(theirs, [ids + new[:i]])[0, -1],
-    )
+    assert_same_continuation(gpt2.generate(ids, params, hparams["n_head"], 24), theirs, ids, 24)
 
 
 def test_ten_training_steps_have_the_losses_of_llm_c():

@@ -6,7 +6,6 @@ The comparison needs a checkout of OpenAI's repository (official/README.md): OFF
 import importlib.util
 import os
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,6 +13,8 @@ import pytest
 from cli.compare import run
 from encoder import get_encoder
 from official import compare, theirs
+from tests import programs
+from tests.programs import assert_mistake
 from tests.random_model import (
     random_tensors,
     write_byte_vocabulary,
@@ -28,22 +29,20 @@ HPARAMS = {"n_vocab": 320, "n_ctx": 96, "n_embd": 24, "n_head": 3, "n_layer": 2}
 
 
 @pytest.fixture
-def mistake(capsys):
-    """Run the command line, which must end with exit code 2, no output and one line on standard error: return it."""
+def mistake(capsysbinary):
+    """Run the command line, which must fail with one line on standard error that contains the words."""
 
-    def run_mistake(*arguments):
-        assert run(list(map(str, arguments))) == 2
-        out, err = capsys.readouterr()
-        assert not out and err.count("\n") == 1 and err.startswith("official/compare.py: error: ")
-        return err
+    def run_mistake(arguments, *words):
+        code = run([str(argument) for argument in arguments])
+        assert_mistake((code, *capsysbinary.readouterr()), *words, script="official/compare.py")
 
     return run_mistake
 
 
 def run_script(*arguments, cwd, **env):
-    """Run official/compare.py in a process, in another folder."""
-    command = [sys.executable, compare.__file__, "--model_size", "tiny", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", cwd=cwd, env=os.environ | env, check=False)
+    """Run official/compare.py in a process, in another folder; return its exit code, output and errors."""
+    options = {"cwd": cwd, "env": os.environ | env, "timeout": 300}
+    return programs.run("--model_size", "tiny", *arguments, script="official/compare.py", **options)
 
 
 # OpenAI's checkout
@@ -65,52 +64,41 @@ def upstream(tmp_path, monkeypatch):
         (path / "src" / "model.py").write_text(f"{version}\n", encoding="utf-8")
         git("-C", path, "add", ".")
         git("-C", path, "commit", "--quiet", "-m", version)
-        if version == "first":
-            monkeypatch.setattr(compare, "COMMIT", git("-C", path, "rev-parse", "HEAD"))
+    monkeypatch.setattr(compare, "COMMIT", git("-C", path, "rev-parse", "HEAD~"))
     monkeypatch.setattr(compare, "URL", str(path))
     return path
 
 
-def test_without_clone_an_error_names_the_commands(tmp_path, upstream, mistake, monkeypatch):
+def test_errors_of_git_name_its_commands(tmp_path, upstream, mistake, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    error = mistake("--official_repo", "not here")
-    assert f"git clone {compare.URL} 'not here' && git -C 'not here' checkout {compare.COMMIT}" in error
-    assert f"git -C {upstream} checkout {compare.COMMIT}" in mistake("--official_repo", upstream)
+    clone = f"git clone {compare.URL} 'not here' && git -C 'not here' checkout {compare.COMMIT}"
+    mistake(["--official_repo", "not here"], clone, "or add --clone")
+    mistake(["--official_repo", upstream], f"git -C {upstream} checkout {compare.COMMIT}")
     assert not os.path.exists("not here")
+    monkeypatch.setattr(compare, "COMMIT", "9b63575ef42771a015060c964af2c3da4cf7c8ab")  # which does not exist
+    mistake(["--official_repo", upstream, "--clone"], "checkout 9b63575", "run it by hand")
 
 
-def test_a_commit_that_does_not_exist(upstream, mistake, monkeypatch):
-    monkeypatch.setattr(compare, "COMMIT", "9b63575ef42771a015060c964af2c3da4cf7c8ab")
-    error = mistake("--official_repo", upstream, "--clone")
-    assert "checkout 9b63575" in error and "run it by hand" in error
-
-
-def test_a_folder_that_is_not_a_checkout_is_left_unchanged(upstream):
+def test_a_modified_source_or_another_folder_is_refused_and_kept(upstream):
     git("-C", upstream, "checkout", "--quiet", compare.COMMIT)
-    for path in (upstream / "src", upstream / "src" / "model.py"):  # parts of a checkout
+    source = upstream / "src" / "model.py"
+    for path in (source.parent, source):  # parts of a checkout
         with pytest.raises(UserError, match=f"is not a git checkout; name a new folder: git clone .* {path}-"):
             compare.check_checkout(str(path), clone=True)
+    source.write_text("modified\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"src/model\.py differs from OpenAI's; run: git -C .* checkout .* -- src"):
+        compare.check_checkout(str(upstream), clone=True)
+    assert source.read_text(encoding="utf-8") == "modified\n"
 
 
 @pytest.mark.parametrize("name", ["new/checkout", "empty", "upstream"])  # the latter is at another commit
 def test_clone_makes_the_checkout(tmp_path, upstream, name):
     path = tmp_path / name
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="or add --clone"):
-        compare.check_checkout(str(path), clone=False)
     compare.check_checkout(str(path), clone=True)
     assert git("-C", path, "rev-parse", "HEAD") == compare.COMMIT
     assert (path / "src" / "model.py").read_text(encoding="utf-8") == "first\n"
     compare.check_checkout(str(path), clone=False)
-
-
-def test_a_modified_source_is_refused_and_kept(upstream):
-    git("-C", upstream, "checkout", "--quiet", compare.COMMIT)
-    modified = upstream / "src" / "model.py"
-    modified.write_text("modified\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"src/model\.py differs from OpenAI's; run: git -C .* checkout .* -- src"):
-        compare.check_checkout(str(upstream), clone=True)
-    assert modified.read_text(encoding="utf-8") == "modified\n"
 
 
 # What else is missing
@@ -119,18 +107,15 @@ def test_a_modified_source_is_refused_and_kept(upstream):
 def test_missing_programs_are_named(tmp_path, upstream, mistake, monkeypatch):
     git("-C", upstream, "checkout", "--quiet", compare.COMMIT)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    error = mistake("--official_repo", upstream)
-    assert error.endswith("needs TensorFlow, which is not installed: pip install -r requirements-dev.txt\n")
+    mistake(["--official_repo", upstream], "TensorFlow", "pip install -r requirements-dev.txt")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "git is needed" in mistake("--official_repo", "new", "--clone")
+    mistake(["--official_repo", "new", "--clone"], "git is needed")
 
 
 def test_wrong_options(tmp_path, mistake):
-    for options in (["--official_repo", "x", "--n_tokens_to_generate", "0"], ["--official_repo", "x", "prompt"]):
-        assert "--help" in mistake(*options)
-    done = run_script(cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert "--official_repo" in done.stderr
+    for options in (["--n_tokens_to_generate", "0"], ["prompt"]):
+        mistake(["--official_repo", "x", *options], "--help")
+    assert_mistake(run_script(cwd=tmp_path), "--official_repo", script="official/compare.py")
 
 
 def test_a_model_without_openais_files(tmp_path, mistake, monkeypatch):
@@ -138,8 +123,8 @@ def test_a_model_without_openais_files(tmp_path, mistake, monkeypatch):
     write_byte_vocabulary(tmp_path, HPARAMS["n_vocab"])
     monkeypatch.setattr(compare, "check_checkout", lambda path, clone: None)
     monkeypatch.setattr(compare, "check_tensorflow", lambda: None)
-    error = mistake("--official_repo", "x", "--model_size", tmp_path.name, "--models_dir", tmp_path.parent)
-    assert "lacks the TensorFlow checkpoint (checkpoint, model.ckpt.*), which OpenAI's code reads; put" in error
+    arguments = ["--official_repo", "x", "--model_size", tmp_path.name, "--models_dir", tmp_path.parent]
+    mistake(arguments, "lacks the TensorFlow checkpoint (checkpoint, model.ckpt.*), which OpenAI's code reads; put")
     with pytest.raises(UserError, match="or give --models_dir a new folder"):
         compare.check_release_files("124M", str(tmp_path))
 
@@ -162,20 +147,13 @@ def byte_encoder(tmp_path):
 
 
 def test_prompts_fit_into_the_context(byte_encoder):
-    for n_ctx, n_new in ((4096, 40), (100, 40), (41, 40)):
-        prompts = compare.choose_prompts("x", byte_encoder, n_ctx, n_new)
-        assert all(0 < len(byte_encoder.encode(prompt)) <= n_ctx - n_new for prompt in prompts.values())
+    for n_ctx in (4096, 100, 41):
+        prompts = compare.choose_prompts("x", byte_encoder, n_ctx, 40)
+        assert all(0 < len(byte_encoder.encode(prompt)) <= n_ctx - 40 for prompt in prompts.values())
         assert prompts["--prompt"] == "x"
     assert compare.choose_prompts(None, byte_encoder, 4096, 40) == compare.PROMPTS
-    for prompt, n_ctx, words in (
-        (
-            "x" * 11,
-            50,
-            "--prompt has 11 tokens, more than the 10 that 40 tokens to generate leave",
-        ),
-        (None, 40, "leaves no room"),
-        ("", 50, "empty"),
-    ):
+    long = ("x" * 11, 50, "--prompt has 11 tokens, more than the 10 that 40 tokens to generate leave")
+    for prompt, n_ctx, words in (long, (None, 40, "leaves no room"), ("", 50, "empty")):
         with pytest.raises(UserError, match=words):
             compare.choose_prompts(prompt, byte_encoder, n_ctx, 40)
 
@@ -218,11 +196,10 @@ def official_repo():
 @pytest.fixture
 def tiny(tmp_path):
     """A model in OpenAI's layout whose greedy text does not repeat one token: its folder and tensors."""
-    model_dir = tmp_path / "models" / "tiny"
+    model_dir, tensors = tmp_path / "models" / "tiny", random_tensors(HPARAMS)
     model_dir.mkdir(parents=True)
     write_vocabulary(model_dir, compare.PROMPTS["long"] + compare.PROMPTS["Turing"], HPARAMS["n_vocab"])
     write_hparams(model_dir, HPARAMS)
-    tensors = random_tensors(HPARAMS)
     write_tf_checkpoint(model_dir, tensors)
     return model_dir, tensors
 
@@ -230,9 +207,9 @@ def tiny(tmp_path):
 def test_the_same_weights_give_identical_ids(tmp_path, official_repo, tiny):
     redirect = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{official_repo}.insteadOf"}
     redirect["GIT_CONFIG_VALUE_0"] = compare.URL
-    done = run_script("--official_repo", "new", "--clone", "--prompt", "wind\u2028", cwd=tmp_path, **redirect)
-    assert done.returncode == 0, done.stderr
-    *table, verdict = done.stdout.rstrip("\n").split("\n")
+    code, out, err = run_script("--official_repo", "new", "--clone", "--prompt", "wind\u2028", cwd=tmp_path, **redirect)
+    assert code == 0, err
+    *table, verdict = out.decode("utf-8").rstrip("\n").split("\n")
     assert verdict == "identical"
     rows = [line.split() for line in table if "of 40" in line]
     assert len(rows) == len(compare.PROMPTS) + 1
@@ -240,20 +217,14 @@ def test_the_same_weights_give_identical_ids(tmp_path, official_repo, tiny):
     assert git("-C", tmp_path / "new", "status", "--porcelain", "--ignored") == ""
 
 
-def test_other_weights_give_different_ids(tmp_path, official_repo, tiny):
+def test_other_weights_give_different_ids_and_a_damaged_checkpoint_an_error(tmp_path, official_repo, tiny):
     model_dir, tensors = tiny
     write_safetensors(model_dir, HPARAMS, tensors | {"h1/mlp/c_proj/w": -tensors["h1/mlp/c_proj/w"]})
-    done = run_script("--official_repo", official_repo, "--n_tokens_to_generate", "20", cwd=tmp_path)
-    assert done.returncode == 1, done.stderr
-    assert "identical" not in done.stdout.rstrip("\n").rpartition("\n")[2]
-    assert "different: Turing: generated token" in done.stdout and "gap" in done.stdout
-
-
-def test_a_damaged_checkpoint_is_one_line(tmp_path, official_repo, tiny):
-    model_dir, tensors = tiny
-    write_safetensors(model_dir, HPARAMS, tensors)
+    arguments = ["--official_repo", official_repo, "--n_tokens_to_generate", "20"]
+    code, out, err = run_script(*arguments, cwd=tmp_path)
+    assert code == 1, err
+    assert b"identical" not in out.splitlines()[-1]
+    assert b"different: Turing: generated token" in out and b"gap" in out
     data = model_dir / "model.ckpt.data-00000-of-00001"
     data.write_bytes(bytes(data.stat().st_size))
-    done = run_script("--official_repo", official_repo, cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith("official/compare.py: error: OpenAI's code failed")
+    assert_mistake(run_script(*arguments, cwd=tmp_path), "OpenAI's code failed", script="official/compare.py")

@@ -1,5 +1,6 @@
 """engines/columns.py and engines/parallel.py: blocked and sharded weights give the same model."""
 
+import contextlib
 import copy
 import multiprocessing
 import os
@@ -38,7 +39,7 @@ def params_of(hparams):
 # Blocked matrices
 
 
-@pytest.mark.parametrize(("n_in", "n_out"), [(36, 108), (64, 64), (768, 130), (768, 1), (1600, 70), (6400, 65)])
+@pytest.mark.parametrize(("n_in", "n_out"), [(36, 108), (64, 64), (768, 1), (1600, 70), (6400, 65)])
 def test_the_product_is_the_matrix_product(n_in, n_out):
     w = matrix(n_in, n_out)
     blocked = Columns(w)
@@ -70,14 +71,11 @@ with parallel.blas().limit(limits=1):
 """
 
 
-def own_kernels():
-    """The environment without OpenBLAS's variables: OpenBLAS then chooses the kernels for this processor."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS_")}
-
-
 def test_a_row_has_the_same_bits_in_any_batch():
+    """With the kernels that OpenBLAS chooses for this processor, whatever its variables say in these tests."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS_")}
     command = [sys.executable, "-c", ROWS_ALONE_AND_TOGETHER]
-    done = subprocess.run(command, check=False, cwd=ROOT, env=own_kernels(), capture_output=True)
+    done = subprocess.run(command, check=False, cwd=ROOT, env=own, capture_output=True)
     if b"skip" in done.stderr:
         pytest.skip("this processor has no AVX-512, or NumPy another BLAS")
     assert done.returncode == 0, done.stderr
@@ -104,7 +102,7 @@ def test_sums_that_cannot_be_split_stay_plain():
 # The sharded model
 
 
-@pytest.mark.parametrize(("n", "n_processes"), [(1, 1), (5, 2), (12, 2), (25, 2), (12, 8), (12, 12), (100, 3)])
+@pytest.mark.parametrize(("n", "n_processes"), [(1, 1), (5, 2), (12, 8), (12, 12), (100, 3)])
 def test_shards_are_of_equal_size(n, n_processes):
     ends = parallel.shares(n, n_processes)
     sizes = np.diff([0, *ends])
@@ -116,18 +114,18 @@ def hugging_face_model(hparams, tensors):
     return torch_model(hparams, tensors)[0].eval()
 
 
-@pytest.fixture(
-    scope="module", params=[(WIDE, 1), (WIDE, 2), (WIDE, 3), (TINY, 2)], ids=lambda p: f"{p[0]['n_embd']}-{p[1]}"
-)
+@pytest.fixture(scope="module", params=[(WIDE, 1), (WIDE, 3), (TINY, 2)], ids=["wide-1", "wide-3", "tiny-2"])
 def sharded(request):
     """(sharded model, its params, the plain params, n_head, transformers' model)"""
     hparams, n_processes = request.param
-    params, theirs = params_of(hparams), hugging_face_model(hparams, random_tensors(hparams))
-    n_head = hparams["n_head"]
-    return *parallel.shared(params, n_head, n_processes), params, n_head, theirs
+    tensors, n_head = random_tensors(hparams), hparams["n_head"]
+    model, params = parallel.shared(nest(tensors, hparams["n_layer"]), n_head, n_processes)
+    for tensor in tensors.values():
+        tensor.fill(np.nan)  # the sharded model has copies in all processes
+    return model, params, params_of(hparams), n_head, hugging_face_model(hparams, random_tensors(hparams))
 
 
-def test_its_logits_are_those_of_transformers(sharded):
+def test_its_logits_and_ids_are_those_of_transformers(sharded):
     model, params, _, n_head, theirs = sharded
     ids = some_ids(2, 20)
     with torch.inference_mode():
@@ -138,10 +136,6 @@ def test_its_logits_are_those_of_transformers(sharded):
     np.testing.assert_allclose(model.gpt2(ids[0], **params, n_head=n_head), expected[0], atol=2e-4)
     last = model.gpt2(ids, **params, n_head=n_head, last_only=True)
     np.testing.assert_allclose(last, expected[:, -1:], atol=2e-4)
-
-
-def test_it_generates_what_transformers_generate(sharded):
-    model, params, _, n_head, theirs = sharded
     ids = some_ids(6).tolist()
     assert model.generate(ids, params, n_head, 16) == their_greedy_ids(theirs, ids, 16)
 
@@ -157,28 +151,13 @@ def test_its_cache_and_copies_of_it(sharded):
         return model.gpt2(ids[start:stop], **params, n_head=n_head, cache=cache)
 
     np.testing.assert_allclose(np.concatenate([logits(0, 9), logits(9, 10)]), whole[:10], atol=1e-4)
-    twin = copy.deepcopy(cache)
-    logits(0, 5, twin)
-    del twin
-    np.testing.assert_allclose(logits(10, 20), whole[10:], atol=1e-4)
+    logits(0, 5, copy.deepcopy(cache))
+    for same in (copy.deepcopy(cache), cache):
+        np.testing.assert_allclose(logits(10, 20, same), whole[10:], atol=1e-4)
     assert cache[0].n_past == 20
     for layer in cache:
         layer.n_past = 9
     np.testing.assert_allclose(logits(9, 20), whole[9:], atol=1e-4)
-
-
-@pytest.mark.parametrize("n_processes", [1, 2])
-def test_the_given_params_can_be_freed(n_processes):
-    plain, ids = params_of(WIDE), some_ids(10)
-    expected = gpt2.gpt2(ids, **plain, n_head=5)
-    model, params = parallel.shared(plain, 5, n_processes)
-
-    def poison(branch):
-        for value in branch.values() if isinstance(branch, dict) else branch:
-            value.fill(np.nan) if isinstance(value, np.ndarray) else poison(value)
-
-    poison(plain)
-    np.testing.assert_allclose(model.gpt2(ids, **params, n_head=5), expected, atol=1e-4)
 
 
 def test_workers_drop_the_caches_that_rank_0_has_dropped():
@@ -197,15 +176,23 @@ def test_workers_drop_the_caches_that_rank_0_has_dropped():
     assert parallel.CACHES.pop(kept.number) is shares[0]
 
 
+def test_blas_has_its_threads_again_after_a_call_and_after_an_error():
+    with parallel.blas().limit(limits=2):
+        model, params = parallel.shared(params_of(TINY), TINY["n_head"], 1)
+        for ids in ([1], [None]):
+            with contextlib.suppress(TypeError):
+                model.gpt2(ids, **params, n_head=TINY["n_head"])
+            assert {library["num_threads"] for library in parallel.blas().info()} == {2}
+
+
 def test_wrong_ids_are_refused_and_the_next_call_works(sharded):
     model, params, plain, n_head, _ = sharded
-    n_ctx = len(params["wpe"])
+    n_ctx, n_vocab = len(plain["wpe"]), len(plain["wte"])
     with pytest.raises(ValueError, match=f"context of {n_ctx}"):
         model.gpt2(np.zeros(n_ctx + 1, dtype=int), **params, n_head=n_head)
-    for wrong in (300, -1):
-        if len(plain["wte"]) == 300:
-            with pytest.raises(IndexError, match="of 300"):
-                model.gpt2([1, wrong], **params, n_head=n_head)
+    for wrong in (n_vocab, -1):
+        with pytest.raises(IndexError, match=f"of {n_vocab}"):
+            model.gpt2([1, wrong], **params, n_head=n_head)
     with pytest.raises(TypeError):
         model.gpt2([None], **params, n_head=n_head)
     ours = model.gpt2([1, 2], **params, n_head=n_head)
@@ -241,16 +228,10 @@ def test_without_small_kernels_it_is_gpt2_itself(monkeypatch, available):
 
 def test_there_are_never_more_processes_than_shards():
     """Two blocks of hidden units for 8 processes; 3 heads; two blocks of tokens."""
-    for hparams in (WIDE | {"n_embd": 30}, TINY, WIDE | {"n_vocab": 65}):
+    for hparams, n in ((WIDE | {"n_embd": 30}, 2), (TINY | {"n_embd": 60}, 3), (WIDE | {"n_vocab": 65}, 2)):
         params = params_of(hparams)
         model, laid_out = parallel.shared(params, hparams["n_head"], 8)
+        assert laid_out["wte"].T.team.n == n
         expected = gpt2.gpt2([1, 2, 3], **params, n_head=hparams["n_head"])
         ours = model.gpt2([1, 2, 3], **laid_out, n_head=hparams["n_head"])
         np.testing.assert_allclose(ours, expected, atol=1e-4)
-
-
-def test_blas_has_its_threads_again_after_a_call(sharded):
-    model, params, _, n_head, _ = sharded
-    before = [library["num_threads"] for library in parallel.blas().info()]
-    model.gpt2(some_ids(3), **params, n_head=n_head)
-    assert [library["num_threads"] for library in parallel.blas().info()] == before

@@ -14,10 +14,10 @@ def is_matrix(p):
 class AdamW:
     """Adam with decoupled weight decay. It updates float32 arrays in place.
 
-    tensors: dict of arrays by name. decays: function that tells whether weight decay applies to an array; by default it
+    tensors: dict of arrays by name. decays: predicate, whether weight decay applies to an array; by default it
     applies to matrices, not to biases and layer norms (Radford et al. 2018, section 4.1). m, v: dicts of the first and
     second moments. step: number of updates made, for bias correction.
-    Raises ValueError for a tensor that is not contiguous, because a flat view of it would be a copy.
+    Raises ValueError for a tensor that is not contiguous, because reshape(-1) would return a copy instead of a view.
     """
 
     def __init__(self, tensors, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, decays=is_matrix):

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-numbers = itertools.count()
+serial_numbers = itertools.count()
 
 
 class Tensor(NDArrayOperatorsMixin):
@@ -34,7 +34,7 @@ class Tensor(NDArrayOperatorsMixin):
     def __init__(self, data, parents=(), pull_back=None):
         self.data, self.grad = np.asarray(data), None
         self.parents, self.pull_back = parents, pull_back  # the operands; function from dy to their gradients
-        self.number = next(numbers)  # a result has a higher number than its operands
+        self.number = next(serial_numbers)  # a result has a higher number than its operands
 
     shape = property(lambda self: self.data.shape)
     ndim = property(lambda self: self.data.ndim)

@@ -20,7 +20,7 @@ STATE = "training.safetensors"
 
 @dataclass(kw_only=True)
 class State:
-    """How far a training run has come."""
+    """The progress of a training run, and the sizes of its data."""
 
     tokens: dict[str, int]  # number of tokens by split, "train" and "val"
     val_chars_per_token: float  # characters per token of the validation text
@@ -33,7 +33,7 @@ class State:
 
 
 def save_checkpoint(model_dir, options, state, optimizer):
-    """Write the file. Raises UserError if that fails; the previous file is then kept."""
+    """Write training.safetensors. Raises UserError if that fails; the previous file is then kept."""
     parts = {"w": optimizer.tensors, "m": optimizer.m, "v": optimizer.v}
     tensors = {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
     metadata = {"state": json.dumps(asdict(state)), "options": json.dumps(asdict(options))}

@@ -56,7 +56,7 @@ def split_text(text):
 
 
 def sections(text):
-    """Return the parts between blank lines, each with the "\n\n" that follows it: llm.c's documents."""
+    r"""Split a text at blank lines, as llm.c does; each part keeps the "\n\n" that follows it."""
     parts = text.split("\n\n")
     return [part + "\n\n" for part in parts[:-1]] + parts[-1:]
 
@@ -65,7 +65,7 @@ def encode_splits(text, encoder, layout):
     """Return the token ids for training, those for validation, and the number of characters of the latter.
 
     layout: "plain" encodes the two parts of split_text. "sections" puts <|endoftext|> before each section and takes the
-    first 32,768 ids for validation, as llm.c does, or the first tenth of a shorter text.
+    first 32,768 ids for validation, as llm.c does, but at most the first tenth.
     """
     if layout == "plain":
         train, val = split_text(text)
@@ -84,9 +84,9 @@ def train_encoder(text, vocab_size, end_of_text):
     vocab_size: 256 is the bytes alone. end_of_text: whether the last token is <|endoftext|>.
     Raises UserError if vocab_size is too small for the bytes or too large for uint16 ids.
     """
-    smallest = N_BYTES + end_of_text
+    smallest, special = N_BYTES + end_of_text, f" and {END_OF_TEXT}" * end_of_text
     if not smallest <= vocab_size <= N_IDS:
-        raise UserError(f"--vocab_size {vocab_size} is not from {smallest}, the bytes alone, to {N_IDS}")
+        raise UserError(f"--vocab_size {vocab_size} must be from {smallest}, the bytes{special}, to {N_IDS}")
     merges = learn_merges(text, vocab_size - end_of_text)
     symbols = sorted(bytes_to_unicode().values()) + [merge.replace(" ", "") for merge in merges]
     symbols += [END_OF_TEXT] * end_of_text
@@ -116,7 +116,7 @@ def check_length(n_train, n_val, block_size, unit="tokens"):
     """Raise UserError unless both splits have at least one window of block_size inputs and the target of the last."""
     shorter = min(n_train, n_val)
     if shorter <= block_size:
-        remedy = "take a longer text" + (f", or --block_size {shorter - 1}" if shorter > 1 else "")
+        remedy = "use a longer text" + (f", or --block_size {shorter - 1}" if shorter > 1 else "")
         raise UserError(
             f"the text has {n_train} {unit} for training and {n_val} for validation; each must be more than "
             f"--block_size {block_size}: {remedy}"
@@ -124,15 +124,15 @@ def check_length(n_train, n_val, block_size, unit="tokens"):
 
 
 def random_windows(tokens, rng, batch_size, block_size):  # [n] -> [batch, n_seq], [batch, n_seq]
-    """Return batch_size windows of block_size tokens that start at random places, and the target of each token."""
+    """Return batch_size windows of block_size tokens that start at random positions, and the target of each token."""
     starts = rng.integers(0, len(tokens) - block_size, batch_size)
     return inputs_and_targets(tokens, starts, block_size)
 
 
 def even_windows(tokens, n_windows, block_size):  # [n] -> [n_windows, n_seq], [n_windows, n_seq]
-    """Return windows that start at evenly spaced places, and their targets.
+    """Return windows that start at evenly spaced positions, and their targets.
 
-    Windows do not overlap: of a text too short for n_windows, return as many as fit.
+    Windows do not overlap; there are fewer than n_windows if the text is too short.
     """
     last = len(tokens) - 1 - block_size
     n_windows = min(n_windows, 1 + last // block_size)

@@ -87,17 +87,17 @@ class Dropout:
     """Set each element to 0 with probability p and divide the others by 1 - p (Srivastava et al. 2014, section 10)."""
 
     def __init__(self, p):
-        self.threshold = min(round(p * 2**16), 2**16 - 1)  # masks take 16 random bits per element
+        self.threshold = min(round(p * 2**16), 2**16 - 1)  # 16 random bits per element: p is rounded to 1/65536
         self.seed(0)
 
-    def seed(self, *numbers):
+    def seed(self, *seeds):
         """Restart the random generator; the masks from now on depend on these integers alone."""
-        self.bits = np.random.SFC64(numbers)
+        self.bits = np.random.SFC64(seeds)
 
     def mask(self, shape):
         n = math.prod(shape)
-        numbers = self.bits.random_raw(-(-n // 4)).view(np.uint16)[:n]
-        return (numbers >= self.threshold).reshape(shape)
+        random_bits = self.bits.random_raw(-(-n // 4)).view(np.uint16)[:n]
+        return (random_bits >= self.threshold).reshape(shape)
 
     def after(self, function):
         """Return a function that applies dropout to the result of this one."""
@@ -112,7 +112,7 @@ class Dropout:
 
 
 def training_model(dropout=0.0):
-    """Return a new instance of the module gpt2 that has the functions above in place of its own.
+    """Return a new instance of the module gpt2 whose gelu, softmax and layer_norm have the backward passes above.
 
     dropout: probability of zeroing an element of the embeddings, of the attention weights, and of what attention and
     ffn add to the residual stream (Radford et al. 2018, section 4.1). `.drop.seed()` restarts its random generator.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a training run is told. The names are nanoGPT's; the defaults are what all presets share."""
+    """The options of a training run, under nanoGPT's names. A preset has values for the fields without a default."""
 
     # Files
     name: str  # the model's folder under models_dir

@@ -1,4 +1,4 @@
-"""Plan a training run, new or resumed: read, check and make everything before a file is written.
+"""Plan a training run, new or resumed: read and check all input, and make the model, before any file is written.
 
 plan_new() and plan_resumed() return a Plan; prepare_folder() writes the files that training starts from.
 """
@@ -34,6 +34,7 @@ from weights.errors import UserError
 from weights.files import atomic_write
 from weights.names import flatten, load_hparams, n_params, tensor_shapes
 
+# Files of a model that is replaced; encoder.json, for example, would be read in place of the new vocab.json.
 STALE = (STATE, LOG, PICTURE, "model.safetensors", "config.json", "encoder.json", "vocab.bpe", "tokenizer.json")
 
 
@@ -104,7 +105,9 @@ def resolve(given):
     preset = given.get("preset", "finetune" if fine_tunes else "3min")
     if fine_tunes != (preset == "finetune"):
         raise UserError(
-            f"--preset {preset} is for {'new models' if fine_tunes else '--init_from with a model'}; leave it out"
+            f"--preset {preset} is for new models; leave it out"
+            if fine_tunes
+            else f"--preset {preset} needs --init_from MODEL; add it, or leave --preset out"
         )
     if fine_tunes and (extra := [name for name in MODEL_OPTIONS if name in given]):
         raise UserError(f"--{extra[0]} is determined by {given['init_from']}; leave it out")
@@ -168,9 +171,9 @@ def plan_resumed(model_dir, given):
             )
     options = dataclasses.replace(options, **known_fields(Options, given))
     if options.max_iters < state.step:
-        raise UserError(f"{model_dir} is at step {state.step} already; --max_iters {options.max_iters} must be larger")
+        raise UserError(f"{model_dir} is at step {state.step} already; --max_iters must be at least that")
     if not os.path.exists(os.path.join(model_dir, "model.safetensors")):
-        state.best_loss, state.evaluated_step = math.inf, -1  # so that it is written again
+        state.best_loss, state.evaluated_step = math.inf, -1  # so that model.safetensors is written again
     optimizer = new_optimizer({name: np.array(tensor) for name, tensor in tensors["w"].items()}, options)
     optimizer.load_moments(tensors["m"], tensors["v"], state.step)
     encoder, data = get_encoder(given["name"], given["models_dir"]), open_data(model_dir, hparams, state)

@@ -35,26 +35,27 @@ class Report:
     def say(self, text):
         self.bar.write(text, file=sys.stderr)
 
-    def step(self, figures, seconds):
-        """Advance the progress bar; log the figures, a dict, every LOG_INTERVAL steps. seconds: duration of it."""
+    def show_step(self, metrics, seconds):
+        """Advance the progress bar; every LOG_INTERVAL steps, log the metrics, a dict. seconds: the step's duration."""
         self.step_seconds.append(seconds)
         tokens = self.trainer.options.tokens_per_step * len(self.step_seconds)
         speed = round(tokens / sum(self.step_seconds))
-        self.bar.set_postfix_str(f"loss {figures['loss']:.3f}, {speed} tokens/s", refresh=False)
+        self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {speed} tokens/s", refresh=False)
         self.bar.update()
         if self.trainer.state.step % LOG_INTERVAL == 0:
-            self.log(figures | {"tokens_per_second": speed})
+            self.log(metrics | {"tokens_per_second": speed})
             self.step_seconds.clear()
 
-    def log(self, figures):
+    def log(self, metrics):
         """Append one line of JSON to log.jsonl."""
-        line = {"step": self.trainer.state.step, "seconds": round(self.trainer.seconds, 2)} | figures
+        line = {"step": self.trainer.state.step, "seconds": round(self.trainer.seconds, 2)} | metrics
         with open(os.path.join(self.model_dir, LOG), "a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")
 
-    def evaluation(self, losses, is_best):
+    def show_evaluation(self, losses):
         """Print the losses and a sample, and plot all losses so far."""
         self.plot_losses()
+        is_best = self.trainer.state.best_step == self.trainer.state.step
         self.say(
             f"step {self.trainer.state.step}: train loss {losses['train_loss']:.4f}, "
             f"validation loss {losses['val_loss']:.4f} ({losses['val_nats_per_char']:.4f} nats per character"
@@ -93,7 +94,7 @@ def printable(text):
 
 
 def read_log(model_dir, last_step=math.inf):
-    """Return the lines of log.jsonl up to last_step, as dicts. Lines that are not whole, after a crash, are skipped."""
+    """Return the lines of log.jsonl up to last_step, as dicts. Lines that a crash cut off are skipped."""
     path, lines = os.path.join(model_dir, LOG), []
     if os.path.exists(path):
         with open(path, encoding="utf-8", errors="replace") as f:

@@ -20,11 +20,11 @@ from weights.errors import UserError
 from weights.names import nest
 from weights.safetensors_file import save_params
 
-SHARD_TOKENS = 256  # smallest shard: below, adding the gradients of two shards takes longer than two threads save
+SHARD_TOKENS = 256  # minimum per shard; below it, adding up gradients costs more time than another thread saves
 
 
 class Trainer:
-    """Carry out a Plan: make batches, compute gradients, evaluate and save.
+    """The model, data and optimizer of a Plan in use: batches, gradients, evaluation, saving.
 
     A batch is split into shards, each of which goes through the forward and the backward pass in a thread of its own:
     NumPy's operations, unlike its matrix products, use only one core.
@@ -39,55 +39,55 @@ class Trainer:
         self.n_shards = max(1, min(options.threads, options.batch_size, batch_tokens // SHARD_TOKENS))
         self.models = [fused.training_model(options.dropout) for _ in range(self.n_shards)]
         self.eval_model = fused.training_model()
-        self.started = time.perf_counter() - self.state.seconds
 
     @contextlib.contextmanager
     def threads(self):
-        """Start the thread pool, and limit the threads of BLAS to those that the shards leave unused."""
+        """Start one thread per shard; each may use threads // n_shards threads of BLAS."""
         quiet = functools.partial(np.seterr, over="ignore", invalid="ignore", divide="ignore")  # see check_finite
         blas_threads = max(1, self.options.threads // self.n_shards)
         with ThreadPoolExecutor(self.n_shards, initializer=quiet) as self.pool, threadpool_limits(blas_threads):
             yield self
 
+    def start_clock(self):
+        self.started = time.perf_counter() - self.state.seconds
+
     @property
     def seconds(self):
-        """The time spent training so far, evaluations, saving and earlier runs included."""
+        """Seconds since the start of training, in all runs together: steps, evaluations and saves."""
         return time.perf_counter() - self.started
 
     # One step
 
-    def seed(self, micro_step):
-        """Seed the random choice of the next batch and its dropout; both are the same in a resumed run."""
-        numbers = self.options.seed, self.state.step, micro_step
-        self.rng = np.random.default_rng(numbers)
-        for i, model in enumerate(self.models):
-            model.drop.seed(*numbers, i + 1)
+    def get_batch(self, seed):
+        """Return random inputs and targets from the training text, [batch, n_seq] each. seed: tuple of integers."""
+        rng = np.random.default_rng(seed)
+        return random_windows(self.plan.data["train"], rng, self.options.batch_size, self.options.block_size)
 
-    def get_batch(self):
-        """Return random inputs and targets from the training text, [batch, n_seq] each."""
-        return random_windows(self.plan.data["train"], self.rng, self.options.batch_size, self.options.block_size)
-
-    def forward_backward(self, inputs, targets, gradients):
+    def forward_backward(self, inputs, targets, gradients, seed):
         """Compute the loss of a batch and add its gradients to `gradients`, a dict of arrays; return the loss.
 
-        Both are divided by gradient_accumulation_steps, so that sums over the batches of a step are means.
+        Both are divided by gradient_accumulation_steps, so that sums over the batches of a step are means. seed: tuple
+        of integers; it and the number of shards determine the dropout masks.
         """
 
         def shard_loss_and_gradients(inputs, targets, model):
             weight = len(inputs) / self.options.batch_size / self.options.gradient_accumulation_steps
             return loss_and_gradients(self.tensors, self.hparams, inputs, targets, model, weight)
 
-        def add(name):
-            gradients[name] += shard_gradients[name]
-
+        for i, model in enumerate(self.models):
+            model.drop.seed(*seed, i + 1)
         total, shards = 0.0, [np.array_split(a, self.n_shards) for a in (inputs, targets)]
         for loss, shard_gradients in self.pool.map(shard_loss_and_gradients, *shards, self.models):
             total += loss
-            if gradients:
-                list(self.pool.map(add, gradients))
-            else:
-                gradients.update(shard_gradients)
+            self.add_to(gradients, shard_gradients)
         return total
+
+    def add_to(self, total, gradients):
+        """Add gradients to total, both dicts of arrays by name; total may be empty."""
+        if total:
+            list(self.pool.map(lambda name: np.add(total[name], gradients[name], out=total[name]), total))
+        else:
+            total.update(gradients)
 
     def check_finite(self, values):
         """Raise UserError, with a remedy, if one of the values, a dict by description, is infinite or NaN."""
@@ -109,32 +109,30 @@ class Trainer:
     # Evaluation and saving
 
     def evaluate(self):
-        """Return the losses of both splits; they are checked to be finite."""
-        losses = {f"{split}_loss": self.estimate_loss(split) for split in ("train", "val")}
-        self.check_finite(losses)
-        self.state.evaluated_step = self.state.step
-        return losses | {"val_nats_per_char": losses["val_loss"] / self.state.val_chars_per_token}
+        """Return the losses of both splits; write model.safetensors if the validation loss is the lowest so far."""
+        train_loss, val_loss = self.estimate_loss("train"), self.estimate_loss("val")
+        self.check_finite({"training loss": train_loss, "validation loss": val_loss})
+        state = self.state
+        state.evaluated_step = state.step
+        if val_loss < state.best_loss:
+            state.best_loss, state.best_step = val_loss, state.step
+            end_of_text = self.plan.encoder.encoder.get(END_OF_TEXT)
+            save_params(self.plan.model_dir, self.params, self.hparams, end_of_text)
+        nats_per_char = val_loss / state.val_chars_per_token
+        return {"train_loss": train_loss, "val_loss": val_loss, "val_nats_per_char": nats_per_char}
 
     def estimate_loss(self, split):
         """Return the mean loss over eval_iters batches of evenly spaced windows, the same in every evaluation."""
-        options, n = self.options, math.ceil(self.options.batch_size / self.n_shards)
+        options, shard_size = self.options, math.ceil(self.options.batch_size / self.n_shards)
         n_windows = options.eval_iters * options.batch_size
         inputs, targets = even_windows(self.plan.data[split], n_windows, options.block_size)
-        batches = [(inputs[i : i + n], targets[i : i + n]) for i in range(0, len(inputs), n)]
+        starts = range(0, len(inputs), shard_size)
+        batches = [(inputs[i : i + shard_size], targets[i : i + shard_size]) for i in starts]
         predict = functools.partial(self.eval_model.gpt2, **self.params, n_head=self.hparams["n_head"])
         return estimate_loss(predict, batches, self.pool.map)
 
-    def save_if_best(self, val_loss):
-        """Write model.safetensors if the validation loss is the lowest so far; return whether it is."""
-        if val_loss >= self.state.best_loss:
-            return False
-        self.state.best_loss, self.state.best_step = val_loss, self.state.step
-        end_of_text = self.plan.encoder.encoder.get(END_OF_TEXT)
-        save_params(self.plan.model_dir, self.params, self.hparams, end_of_text)
-        return True
-
     def save(self):
-        """Write training.safetensors, from which --resume continues."""
+        """Write training.safetensors, from which --resume continues, unless a parameter is infinite or NaN."""
         self.check_finite({f"sum of {name}": float(np.sum(tensor)) for name, tensor in self.tensors.items()})
         self.state.saved_step, self.state.seconds = self.state.step, self.seconds
         save_checkpoint(self.plan.model_dir, self.options, self.state, self.optimizer)

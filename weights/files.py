@@ -58,10 +58,10 @@ def atomic_write(path, remedy="choose another --models_dir"):
 
 
 def check_writable(path, remedy):
-    """Raise UserError if a file cannot be written there, before any work is lost; remedy ends the message."""
+    """Raise UserError if path cannot be written. Call it before long work; remedy ends the message."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError(errno.EEXIST, "it exists and is no file")
+            raise OSError(errno.EEXIST, "it is not a regular file")
         with tempfile.TemporaryFile(dir=os.path.dirname(path) or "."):
             pass
     except OSError as error:

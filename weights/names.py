@@ -13,7 +13,7 @@ from weights.files import read_json
 def load_hparams(model_dir):
     """Return a dict of n_vocab, n_ctx, n_embd, n_head and n_layer from hparams.json, or else from config.json.
 
-    Raises CorruptFile or UserError, which name the file, for values that are not those of a GPT-2.
+    Raises CorruptFile or UserError, which name the file, for missing or invalid values.
     """
     path = os.path.join(model_dir, "hparams.json")
     if os.path.exists(path):

@@ -10,12 +10,12 @@ model.ckpt.index: a LevelDB table (table_format.md in LevelDB's documentation), 
     footer   48 bytes: handle of the metaindex block, handle of the index block, zeros, the 8 bytes of MAGIC
     handle   varint offset of a block in the file, varint size of its contents
     block    contents, 1 byte compression (0 none, 1 Snappy), uint32 masked CRC-32C of the contents and that byte
-    contents records in the order of their keys, n uint32 positions of records, uint32 n
+    contents records in the order of their keys, n uint32 restart offsets, uint32 n
     record   varint n_shared, varint n_new, varint n_value, then n_new bytes that follow the first n_shared bytes of the
              previous key, then the n_value bytes of the value
     varint   7 bits per byte, the lowest first; the top bit is set in all bytes but the last
 
-The values in the index block are the handles of the data blocks. Their values are protocol buffers
+The values in the index block are the handles of the data blocks. The values in the data blocks are protocol buffers
 (tensorflow/core/protobuf/tensor_bundle.proto), in which a field is a varint 8*number + wire type and then the value.
 The key "" has the BundleHeaderProto, every other key is the name of a tensor and has its BundleEntryProto:
     header   1 num_shards, 2 endianness (0 little)
@@ -75,7 +75,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     data, tensors = np.frombuffer(map_file(tf_ckpt_path + DATA), np.uint8), {}
     for name, shape in expected.items():
         entry = entries[name]
-        found = entry.shape[1:] if name.endswith("/w") else entry.shape  # [1, n_in, n_out]: OpenAI's are convolutions
+        found = entry.shape[1:] if name.endswith("/w") else entry.shape  # 1x1 convolutions: [1, n_in, n_out]
         check_tensor(tf_ckpt_path, name, found, entry.dtype, shape, "float32")
         tensor = data[entry.offset : entry.offset + entry.size]
         if tensor.size != 4 * math.prod(shape):
@@ -90,7 +90,7 @@ def read_index(path):
     """Return the Entry of each tensor, by name; raise CorruptFile for a damaged file, UserError for another kind."""
     table, values = map_file(path), {}
     if table[-8:] != MAGIC:
-        raise CorruptFile(path, "no LevelDB table")
+        raise CorruptFile(path, "not a LevelDB table")
     try:
         footer = io.BytesIO(table[-48:])
         read_block(path, table, footer)  # the metaindex
