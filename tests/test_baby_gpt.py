@@ -272,7 +272,7 @@ def test_control_characters_of_the_text_do_not_reach_the_terminal(run, tmp_path)
         ("--stage dropout --dropout_rate 1", ["--dropout_rate"]),
         ("--stage bigram --dataset nowhere.txt", ["'nowhere.txt'"]),
         ("--stage bigram --block_size 5000", ["characters", "--block_size 5000", "longer text"]),
-        ("--stage bigram --batch_size 99999999999999999999", ["--batch_size", "at most 10000"]),
+        ("--stage bigram --batch_size 99999999999999999999", ["--batch_size", "10000"]),
         ("--stage bigram --draw nowhere/x.png", ["cannot write nowhere/x.png", "No such file"]),
         ("--stage bigram --draw text.svg --dataset text.svg", ["--draw text.svg would overwrite the dataset"]),
         ("--all --draw text.txt", ["'text.txt'", ".png, .svg or .pdf"]),

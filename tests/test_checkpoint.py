@@ -144,6 +144,16 @@ def test_import_is_bit_for_bit_and_needs_no_tensorflow(release, tiny_tensors, ca
     assert times_of(release) == before
 
 
+def test_the_reader_gives_what_tensorflows_reader_gives(tiny_release):
+    import tensorflow as tf
+
+    prefix = str(tiny_release / "model.ckpt")
+    theirs, entries = tf.train.load_checkpoint(prefix), read_index(prefix + ".index")
+    assert {name: list(entry.shape) for name, entry in entries.items()} == theirs.get_variable_to_shape_map()
+    for name, tensor in flatten(load_gpt2_params_from_tf_ckpt(prefix, TINY), TINY).items():
+        assert tensor.tobytes() == theirs.get_tensor(f"model/{name}").tobytes()
+
+
 def save_v2(prefix, tensors, dtype="float32"):
     """Write an index and a data file with TensorFlow."""
     import tensorflow as tf
@@ -172,6 +182,10 @@ def test_index_of_openais_release():
     expected = {
         "h0/attn/c_attn/b": ("float32", (2304,), 0, 9_216, 0x8C273D74),
         "h0/attn/c_attn/w": ("float32", (1, 768, 2304), 9_216, 7_077_888, 0x863D710D),
+        "h0/attn/c_proj/w": ("float32", (1, 768, 768), 7_090_176, 2_359_296, 0x6C732ED6),
+        "h0/mlp/c_fc/w": ("float32", (1, 768, 3072), 9_474_048, 9_437_184, 0xA07EA2A1),
+        "h1/attn/c_attn/b": ("float32", (2304,), 28_351_488, 9_216, 0x9DE00452),
+        "ln_f/b": ("float32", (768,), 340_217_856, 3_072, 0x0C8F5269),
         "wpe": ("float32", (1024, 768), 340_224_000, 3_145_728, 0x2ACFB8F1),
         "wte": ("float32", (50257, 768), 343_369_728, 154_389_504, 0x0E298522),
     }

@@ -200,6 +200,7 @@ def test_the_stream_yields_a_character_with_its_last_byte(small):
 @fuzz(max_examples=200)
 @given(data=st.data())
 def test_any_ids_decode_as_in_other_tokenizers(encoder_and_others, data):
+    """Bytes that are not UTF-8, also at the end, become replacement characters."""
     encoder, others = encoder_and_others
     ids = data.draw(st.lists(st.integers(0, len(encoder.encoder) - 2), max_size=30))
     for _, decode in others:

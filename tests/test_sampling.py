@@ -6,6 +6,7 @@ import types
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from sampling import distribution, make_sampler, top_k_keep, top_p_keep
 
@@ -118,6 +119,16 @@ def test_a_sample_inverts_the_cumulative_distribution_at_one_random_number(optio
     numbers = np.random.default_rng(5).random(100)
     expected = [next(i for i, c in enumerate(cumulative) if u < c) for u in numbers]
     assert samples(make_sampler(seed=5, **options), logits, 100) == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"top_k": 7}, {"top_p": 0.8}])
+def test_samples_pass_a_chi_square_test(options):
+    logits, options = np.linspace(0, 3, 10, dtype=np.float32), {"temperature": 1.0} | options
+    probs = distribution(logits, **options)
+    counts = np.bincount(samples(make_sampler(seed=1, **options), logits, 3000), minlength=10)
+    assert list(np.flatnonzero(counts)) == kept(probs)
+    counts, expected = counts[probs > 0], 3000 * probs[probs > 0]
+    assert stats.chisquare(counts, expected).pvalue > 1e-3 > stats.chisquare(counts, np.roll(expected, 1)).pvalue
 
 
 def test_a_seed_gives_the_same_samples_and_samplers_share_no_state():
