@@ -99,11 +99,12 @@ class Checker:
 
 
 def traced(checker, run):
+    before = sys.gettrace()
     sys.settrace(checker)
     try:
         run()
     finally:
-        sys.settrace(None)
+        sys.settrace(before)
 
 
 def run_model(tiny):
