@@ -59,13 +59,15 @@ class Checker:
                 self.match(np.shape(array), shape, frame, sizes)
 
         def local(frame, event, value):
-            for line in pending:  # an assignment is complete when the next line begins
-                target = self.comments[line][0].targets[0]
-                names = [name.id for name in ast.walk(target) if isinstance(name, ast.Name)]
+            for line in list(pending):  # an assignment is complete when another line begins
+                assignment = self.comments[line][0]
+                if event == "line" and line <= frame.f_lineno <= assignment.end_lineno:
+                    continue
+                names = [name.id for name in ast.walk(assignment.targets[0]) if isinstance(name, ast.Name)]
                 self.check(line, [frame.f_locals[name] for name in names], frame, sizes)
-            pending.clear()
+                pending.remove(line)
             statement = self.comments.get(frame.f_lineno, (None,))[0]
-            if event == "line" and isinstance(statement, ast.Assign):
+            if event == "line" and isinstance(statement, ast.Assign) and frame.f_lineno not in pending:
                 pending.append(frame.f_lineno)
             if event == "return" and value is not None:
                 if isinstance(statement, ast.Return):
