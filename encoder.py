@@ -139,10 +139,10 @@ class Encoder:
 def learn_merges(text, vocab_size):
     """Learn byte-level BPE merges from a text (Sennrich et al. 2016, algorithm 1).
 
-    Start from the 256 byte symbols. Repeatedly merge the most frequent pair of neighbouring symbols into a new symbol,
+    Start from the 256 byte symbols. Repeatedly merge the most frequent pair of adjacent symbols into a new symbol,
     until there are vocab_size symbols or no pair is left. Of equally frequent pairs, merge the one with the smallest
-    ids. A pair lies within a word, and a word within a line. Each distinct word is stored once, with its count, and a
-    merge visits only the words that contain its pair.
+    ids. Pairs are counted within words, and no word crosses a line break. Each distinct word is stored once, with its
+    count, and a merge visits only the words that contain its pair.
 
     Returns the merges in the order learned, as lines "left right", the same as those of Hugging Face's tokenizers.
     Merge i creates the symbol with id 256 + i; ids 0 to 255 are the byte symbols in sorted order.

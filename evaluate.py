@@ -1,10 +1,10 @@
-"""Measure how well a model predicts a text: python evaluate.py wikitext2-test.txt --model_size 124M
+"""Measure how well a model predicts a text: python evaluate.py tinyshakespeare --model_size 124M
 
 A text longer than the context is read through a sliding window of `context` tokens that advances by `stride` tokens.
-Each window scores the tokens that no earlier window has scored: the last `stride` tokens, or fewer in the last window,
-which ends with the text. So every token but the first of the text is scored once, and after the first window with at
-least context - stride tokens before it. A smaller stride takes more time and gives a lower loss: compare results only
-if context and stride are the same. With stride equal to context, only the last window overlaps the one before it.
+The first window scores all its tokens, each later one its last `stride` tokens; the last window ends with the text and
+may score fewer. So every token but the first of the text is scored once and, after the first window, with at least
+context - stride + 1 tokens before it. A smaller stride takes more time and gives a lower loss: compare results only if
+context and stride are the same. With stride equal to context, only the last window overlaps the one before it.
 
 Perplexity is per token of the model's vocabulary, on the text as it is. The GPT-2 paper's perplexities (Radford et al.
 2019, table 3) are per word of detokenized texts and cannot be compared with these. Nats per character can be compared
@@ -44,7 +44,7 @@ def total_loss(ids, params, n_head, context, stride, threads=1):
     def batch_loss(windows):
         rows = np.stack([ids[start : start + context + 1] for start, _ in windows])  # -> [batch, context+1]
         losses = fused.token_losses(model.gpt2(rows[:, :-1], **params, n_head=n_head), rows[:, 1:])
-        sums = (np.sum(row[n_scored:], dtype=np.float64) for row, (_, n_scored) in zip(losses, windows, strict=True))
+        sums = (np.sum(row[n_skip:], dtype=np.float64) for row, (_, n_skip) in zip(losses, windows, strict=True))
         return sum(map(float, sums))
 
     windows, batch_size = sliding_windows(n_inputs, context, stride), max(1, LOGITS_PER_BATCH // (context * n_vocab))

@@ -73,7 +73,7 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache=None):  # [..., n_
 
 
 def check_context(n_past, n_new, n_ctx):
-    """Raise ValueError unless n_new tokens fit into a context of n_ctx tokens, after n_past others."""
+    """Raise ValueError unless n_new tokens fit into a context (or a cache) of n_ctx tokens, after n_past others."""
     if n_past + n_new > n_ctx:
         raise ValueError(f"{n_past} tokens + {n_new} more = {n_past + n_new}, more than the context of {n_ctx}")
 
@@ -101,7 +101,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, last_only=False):  
 
 
 class KVCache:
-    """The keys and values of one block: n_past positions so far, at most n_max. A lower n_past discards the newest."""
+    """The keys and values of one block: n_past positions so far, at most n_max. Lowering n_past discards the newest."""
 
     def __init__(self, n_max):
         self.n_max, self.n_past, self.k, self.v = n_max, 0, None, None
@@ -127,7 +127,7 @@ PREFILL_CHUNK = 256  # prompt tokens per pass: limits memory, and skips most of 
 
 
 def prefill(ids, params, n_head, cache):  # [n_seq] -> [n_vocab]
-    """Append ids to the cache, PREFILL_CHUNK tokens per pass; return the logits of the last position."""
+    """Append ids, a prompt or a new token, to the cache in chunks; return the logits of the last position."""
     if len(ids) == 0:
         raise ValueError("the prompt is empty; generation starts from at least one token")
     for i in range(0, len(ids), PREFILL_CHUNK):

@@ -50,7 +50,7 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     ids = encoder.encode(prompt)
     if not (ids and 0 <= n_tokens_to_generate <= hparams["n_ctx"] - len(ids)):
-        raise ValueError(f"{len(ids)} prompt tokens + {n_tokens_to_generate} new; 1 + 0 to {hparams['n_ctx']} fit")
+        raise ValueError(f"{len(ids)} prompt tokens + {n_tokens_to_generate} new; need 1 to {hparams['n_ctx']} in all")
     return encoder.decode(generate(ids, params, hparams["n_head"], n_tokens_to_generate))
 
 if __name__ == "__main__":

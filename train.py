@@ -7,12 +7,12 @@ optimizer (adamw.py), the data (dataset.py), saving (trainer.py), and the report
 import time
 
 from training.adamw import global_norm, learning_rate_at
-from training.loss import lm_loss  # noqa: F401 (also imported from here)
+from training.loss import lm_loss  # noqa: F401 (for `from train import lm_loss`)
 from training.trainer import stop_on_ctrl_c
 
 
 def train(trainer, report):
-    """Train until max_iters steps are done; return whether they are, or False if Ctrl-C stops it earlier."""
+    """Train until max_iters steps are done; return True, or False if Ctrl-C stopped it earlier."""
     options, state = trainer.options, trainer.state
     trainer.start_clock()
     with trainer.threads(), report, stop_on_ctrl_c(report.say) as stop:
@@ -21,7 +21,9 @@ def train(trainer, report):
             is_due = finished or state.step % options.eval_interval == 0
             if is_due and state.step != state.evaluated_step:  # a resumed run may have evaluated this step already
                 losses = trainer.evaluate()  # saves the model if its validation loss is the lowest so far
-                report.log(losses)  # before save(), because --resume drops the lines after the last save
+                report.log(
+                    losses
+                )  # before save(): after a crash in between, --resume drops this line and evaluates again
                 trainer.save()
                 report.show_evaluation(losses)
             if finished or stop.is_set():

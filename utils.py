@@ -2,7 +2,7 @@
 
 A model is a folder under models_dir, in either of two layouts:
     OpenAI's        hparams.json  encoder.json  vocab.bpe   checkpoint  model.ckpt.{index,meta,data-00000-of-00001}
-    Hugging Face's  config.json   vocab.json    merges.txt  model.safetensors
+    Hugging Face's  config.json   vocab.json    merges.txt (or tokenizer.json)   model.safetensors
 Importing OpenAI's checkpoint writes model.safetensors and config.json next to it; transformers load such a folder too.
 """
 
@@ -70,7 +70,7 @@ def find_model_dir(model_size, models_dir):
 
 
 def missing_files(model_dir):
-    """Return the missing files of OpenAI's layout, except those that files of the other layout replace."""
+    """Return the files of OpenAI's layout that are missing, unless their counterpart in the other layout is there."""
 
     def has(*names):
         return all(os.path.exists(os.path.join(model_dir, name)) for name in names)
@@ -165,7 +165,7 @@ def download_gpt2_files(model_size, model_dir):
     missing = missing_files(model_dir)
     if DATA_FILE in missing:
         path = os.path.join(model_dir, DATA_FILE)
-        check_space(path, 2 * 4 * N_PARAMS.get(model_size, 0) - size_of(path + ".part"))  # and model.safetensors
+        check_space(path, 2 * 4 * N_PARAMS.get(model_size, 0) - size_of(path + ".part"))  # also for its import
     for name in missing:
         fetch_released(model_size, model_dir, name)
 

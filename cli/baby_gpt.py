@@ -13,7 +13,7 @@ from baby_gpt import CPU, GPU, SCALED_UP, STAGES, train
 from cli.options import Parser, exit_code, parse_count, parse_fraction, parse_positive, parse_positive_rate
 from explain import markov
 from training.dataset import check_length, read_dataset, split_text
-from training.figure import check_picture, new_figure, save_figure
+from training.figure import check_figure_path, new_figure, save_figure
 from training.report import printable
 from weights.errors import UserError
 from weights.files import same_file
@@ -38,7 +38,7 @@ HYPERPARAMETERS = {  # type and help text
     "h": (parse_size, "number of heads"),
     "dropout_rate": (parse_fraction, "dropout probability"),
     "lr_rate": (parse_positive_rate, "AdamW's learning rate"),
-    "num_iter": (parse_positive, "number of training steps"),
+    "num_iter": (parse_positive, "number of training steps; 50 for --markov"),
     "eval_interval": (parse_positive, "number of steps between evaluations"),
     "eval_iters": (parse_size, "batches per evaluation"),
 }
@@ -91,7 +91,7 @@ def train_stages(given):
     """Train one stage or all, and print a table; draw the curves for --all or if --draw is given."""
     path = given.get("draw", "baby_gpt.png" if "all" in given else None)
     if path:
-        check_picture(path)
+        check_figure_path(path)
         if same_file(path, given.get("dataset", "")):
             raise UserError(f"--draw {path} would overwrite the dataset; choose another path for the figure")
     data, chars = read_characters(given)
@@ -155,7 +155,7 @@ def show_markov(given):
     if extra := set(given) - {"markov", "draw", "seed", "num_iter"}:
         raise UserError(f"--{min(extra)} is an option of the stages; --markov takes --steps, --seed and --draw")
     path = given.get("draw", "markov.png")
-    check_picture(path)
+    check_figure_path(path)
     tensors, zeros = markov.new_tensors(given["seed"])
     before = markov.transitions(tensors | zeros)
     losses = markov.train(tensors, zeros, given.get("num_iter", markov.STEPS))

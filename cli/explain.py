@@ -14,7 +14,7 @@ from weights.errors import UserError
 from weights.files import atomic_write, check_writable, same_file
 
 K = 10  # next tokens shown
-MAX_TOKENS = 128  # on a page: an attention map has the square of it; 124M has 144 maps, 1558M has 1200
+MAX_TOKENS = 128  # on a page: a map has MAX_TOKENS**2 weights; 124M has 144 maps, 1558M has 1200
 REMEDY = "choose another file for --explain"
 
 
@@ -43,7 +43,7 @@ def run_explain(options):
 
 
 def check_output(path):
-    """Raise UserError if atomic_write() would fail, before the model is loaded."""
+    """Raise UserError if the page cannot be written. Called before the model is loaded."""
     if same_file(path, TEMPLATE):
         raise UserError(f"{path} is the template of every page; {REMEDY}")
     check_writable(path, REMEDY)
@@ -58,7 +58,7 @@ def check_page_length(n_tokens):
 
 
 def predict_by_layer(hidden, params):
-    """Return for the embeddings and each layer, for each position, the K most likely next [(id, probability)]."""
+    """Return predictions[layer][position], lists of the K most likely (id, probability); layer 0 is the embeddings."""
     from tqdm import tqdm
 
     predictions = []

@@ -90,7 +90,9 @@ def exit_code(program, work):
         return EXIT_CLOSED_PIPE
     except (UserError, OSError, MemoryError) as error:
         print(f"{program}: error: {describe(error)}", file=sys.stderr)
-        if isinstance(error, OSError) and error.filename is None:  # standard output is on a full disk
+        if (
+            isinstance(error, OSError) and error.filename is None
+        ):  # no file name: standard output, probably on a full disk
             discard_output()
         return EXIT_MISTAKE
 

@@ -79,7 +79,7 @@ def write_continuations(options, todo, output):
 
 
 def generated_records(generator, requests, todo):
-    """Yield ((number of the prompt, i), record) of each continuation when it is complete."""
+    """Yield ((index in todo, i), record) of each continuation when it is complete; i counts its samples from 1."""
     for (number, i), ids, stop_reason in generator.generate_batch(requests):
         prompt, samples = todo[number]
         yield (number, i), record(prompt, samples[i - 1], generator.encoder.decode(ids), ids, stop_reason)

@@ -62,7 +62,7 @@ class Generator:
         return generate_batch(requests, self.params, self.n_head, n, batch_size, self.stop_id, self.model)
 
     def use_small_batch_model(self):
-        """Copy the parameters into the layout that is fast for a few tokens per pass, and free the loaded ones."""
+        """Copy the parameters into the layout that is fast for a few tokens per pass; free the loaded ones."""
         from engines.parallel import small_batch_model
 
         if self.model is gpt2:
@@ -174,7 +174,7 @@ class Session:
         print("".join(kept), flush=True)
 
     def show_batch(self, ids):
-        """Generate all samples in a batch and print each when it is complete. Ctrl-C prints the incomplete ones."""
+        """Generate all samples in a batch and print each in turn. Ctrl-C prints the incomplete ones."""
         n_samples = self.options.n_samples
         sampled = {i: [] for i in range(1, n_samples + 1)}  # ids of the samples that are not printed yet
         samplers = [recording(self.generator.sampler(i), found) for i, found in sampled.items()]

@@ -101,7 +101,7 @@ def make_parser():
     add(
         "--preset",
         choices=PRESETS,
-        help="3min (default), 1h: the time on two cores; finetune: default with --init_from",
+        help="3min (default) or 1h, the time on two cores; finetune (default with --init_from)",
     )
     add("--resume", action="store_true", help="continue from the last save of --name")
     add("--overwrite", action="store_true", help="replace the model --name if it exists")

@@ -1,1 +1,1 @@
-"""Faster ways to run gpt2.py's own functions. Imports gpt2, sampling and weights."""
+"""Faster ways to run gpt2.py's own functions. Imports gpt2 and weights."""

@@ -78,7 +78,7 @@ class Draft:
 
 
 def small_batch_cost(n_tokens):
-    """Time of a pass of small_batch_model over n tokens, in single-token passes of gpt2 (bench/speculative.py)."""
+    """Time of a pass of small_batch_model over n tokens, in single-token passes of gpt2 (bench/batching.py)."""
     return 1 + 0.03 * max(n_tokens, LEAST_ROWS)
 
 

@@ -1,1 +1,1 @@
-"""What a model computes inside, as text and as pages. Imports gpt2, sampling, engines, training and weights."""
+"""What a model computes inside, and a page that shows it. Imports gpt2, sampling, engines, training and weights."""

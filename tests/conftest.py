@@ -10,6 +10,8 @@ import types
 import numpy as np
 import pytest
 
+import gpt2
+from engines import parallel
 from tests.random_model import (
     DATA,  # noqa: F401
     copy_vocabulary,
@@ -26,6 +28,7 @@ from weights.names import flatten
 ROOT = pathlib.Path(__file__).parent.parent
 # all dimensions differ; n_embd is not a multiple of 16, so that some tensors do not fill cache lines
 TINY = {"n_vocab": 400, "n_ctx": 128, "n_embd": 36, "n_head": 3, "n_layer": 2}
+N_HEAD = TINY["n_head"]
 PROMPTS = [
     "Alan Turing theorized that computers would one day become",
     "",
@@ -40,18 +43,21 @@ PROMPTS = [
     "<|endoftext|> as ordinary text",
     "Dear Sir or Madam,",
 ]
+RNG = np.random.default_rng(5)
+INPUTS = [RNG.integers(0, TINY["n_vocab"], n).tolist() for n in (7, 1, 30, 2, 100, 13, 1, 64, 5, 9)]
+INPUTS.append([3, 1, 4, 1, 5, 9] * 6)
+N_NEW = 24  # tokens that the fixture `expected` has for each of INPUTS
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """The same for everyone: nothing is downloaded, and no setting hides a missing flush or a wrong encoding.
+    """The same for everyone: nothing is downloaded, no setting hides a missing flush or a wrong encoding.
 
-    An interrupted program ignores further Ctrl-C; the next test does not.
+    Ctrl-C interrupts, even after a test of an interrupted program or if the tests run in the background.
     """
     monkeypatch.setenv("GPT2_BASE_URL", "http://127.0.0.1:9/nothing-listens-here")
     for name in ("PYTHONUNBUFFERED", "PYTHONIOENCODING", "PYTHONUTF8"):
         monkeypatch.delenv(name, raising=False)
-    yield
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -94,6 +100,80 @@ def tiny_models_dir(tmp_path_factory, vocabulary_dir, tiny_tensors):
 def tiny(tiny_models_dir):
     """(encoder, hparams, params) of the tiny model."""
     return load_encoder_hparams_and_params("tiny", str(tiny_models_dir))
+
+
+@pytest.fixture(scope="session")
+def params(tiny):
+    return tiny[2]
+
+
+@pytest.fixture(scope="session", params=["gpt2", "small batch"])
+def model_and_params(request, params):
+    """The module gpt2, and the model of engines.parallel in one process, with their params."""
+    return (gpt2, params) if request.param == "gpt2" else parallel.shared(params, N_HEAD, 1)
+
+
+# transformers
+
+
+@pytest.fixture(scope="session")
+def theirs(tiny_models_dir):
+    """transformers' GPT-2 with the tiny model's weights."""
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    torch.set_num_threads(1)  # threads cost more than they save with such a model
+    return GPT2LMHeadModel.from_pretrained(tiny_models_dir / "tiny").eval()
+
+
+def their_logits(model, ids):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(ids)).logits.numpy()
+
+
+def their_greedy_ids(model, ids, n_tokens):
+    import torch
+
+    inputs = torch.tensor([ids])
+    options = {"attention_mask": torch.ones_like(inputs), "pad_token_id": 0, "eos_token_id": None}  # id 0 is a token
+    return model.generate(inputs, max_new_tokens=n_tokens, do_sample=False, **options)[0, len(ids) :].tolist()
+
+
+@pytest.fixture(scope="session")
+def expected(theirs):
+    """The N_NEW ids with which transformers continue each of INPUTS."""
+    return [their_greedy_ids(theirs, ids, N_NEW) for ids in INPUTS]
+
+
+@pytest.fixture(scope="session")
+def truth(tiny_models_dir, theirs, tmp_path_factory):
+    """A function from a prompt and a number of tokens to the text that transformers continue it with, greedily."""
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(tiny_models_dir / "tiny", tmp_path_factory.mktemp("truth") / "tiny")
+    (folder / "encoder.json").rename(folder / "vocab.json")
+    (folder / "vocab.bpe").rename(folder / "merges.txt")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    @functools.cache
+    def continuation(prompt, n_tokens=8):
+        ids = tokenizer(prompt)["input_ids"] or [TINY["n_vocab"] - 1]
+        return tokenizer.decode(their_greedy_ids(theirs, ids, n_tokens), clean_up_tokenization_spaces=False)
+
+    return continuation
+
+
+def assert_transformers_agree(folder, text):
+    """transformers load a trained model, and find the same ids and logits."""
+    from transformers import AutoTokenizer, GPT2LMHeadModel
+
+    encoder, hparams, params = load_encoder_hparams_and_params(folder.name, str(folder.parent))
+    ids = encoder.encode(text)
+    assert AutoTokenizer.from_pretrained(folder).encode(text) == ids
+    logits = their_logits(GPT2LMHeadModel.from_pretrained(folder), [ids])[0]
+    np.testing.assert_allclose(gpt2.gpt2(ids, **params, n_head=hparams["n_head"]), logits, rtol=1e-4, atol=1e-5)
 
 
 def need(path):
@@ -155,27 +235,3 @@ def inside(capsysbinary, monkeypatch):
         return run([str(argument) for argument in arguments]), *capsysbinary.readouterr()
 
     return run_inside
-
-
-@pytest.fixture(scope="session")
-def truth(tiny_models_dir, tmp_path_factory):
-    """A function from a prompt and a number of tokens to the text that transformers continue it with, greedily."""
-    import torch
-    from transformers import AutoTokenizer, GPT2LMHeadModel
-
-    folder = shutil.copytree(tiny_models_dir / "tiny", tmp_path_factory.mktemp("truth") / "tiny")
-    (folder / "encoder.json").rename(folder / "vocab.json")
-    (folder / "vocab.bpe").rename(folder / "merges.txt")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = GPT2LMHeadModel.from_pretrained(folder).eval()
-    torch.set_num_threads(1)  # threads cost more than they save with such a model
-
-    @functools.cache
-    def continuation(prompt, n_tokens=8):
-        n_prompt = len(ids := tokenizer(prompt)["input_ids"] or [TINY["n_vocab"] - 1])
-        for _ in range(n_tokens):
-            with torch.no_grad():
-                ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
-        return tokenizer.decode(ids[n_prompt:], clean_up_tokenization_spaces=False)
-
-    return continuation

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 
@@ -23,19 +22,11 @@ def run(*arguments, script="gpt2.py", **options):
     return done.returncode, done.stdout, done.stderr
 
 
-def start_process(arguments, **options):
-    """Start a process in which Ctrl-C raises KeyboardInterrupt, even if the tests run in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process inherits that SIGINT is ignored
-    try:
-        return subprocess.Popen(arguments, cwd=ROOT, **options)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 @contextlib.contextmanager
 def started(arguments, **options):
     """A running process, which is killed at the end."""
-    with start_process(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    with subprocess.Popen(arguments, **options) as process:
         try:
             yield process
         finally:
@@ -45,8 +36,8 @@ def started(arguments, **options):
 def assert_mistake(result, *words, script="gpt2.py"):
     """Exit code 2, nothing on standard output, one line on standard error that contains the words."""
     code, out, err = result
-    text = err.decode("utf-8")
-    assert (code, out) == (2, b""), text
+    text = err if isinstance(err, str) else err.decode("utf-8")
+    assert (code, len(out)) == (2, 0), text
     assert text.startswith(f"{script}: error: ") and text.endswith("\n") and text.count("\n") == 1, text
     for word in words:
         assert word in text

@@ -39,11 +39,8 @@ def write_vocabulary(model_dir, text, n_vocab):
     tokenizer.save_model(str(model_dir))
     os.replace(os.path.join(model_dir, "merges.txt"), os.path.join(model_dir, "vocab.bpe"))
     os.remove(os.path.join(model_dir, "vocab.json"))
-    vocabulary = tokenizer.get_vocab()
-    if len(vocabulary) != n_vocab - 1:
-        raise ValueError(f"the text gives {len(vocabulary)} tokens, not {n_vocab - 1}")
     with open(os.path.join(model_dir, "encoder.json"), "w", encoding="utf-8") as f:
-        json.dump(vocabulary | {"<|endoftext|>": n_vocab - 1}, f, sort_keys=True)
+        json.dump(tokenizer.get_vocab() | {"<|endoftext|>": n_vocab - 1}, f, sort_keys=True)
 
 
 def write_byte_vocabulary(model_dir, n_vocab):

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import mmap
-import os
 import re
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from tests.random_model import SIZE_124M
 from utils import load_encoder_hparams_and_params
 from weights.errors import CorruptFile, UserError
 from weights.files import atomic_write
-from weights.names import flatten, hugging_face_name, n_params, tensor_shapes
+from weights.names import flatten, n_params, tensor_shapes
 from weights.releases import DATA_FILE, N_PARAMS
 from weights.tf_checkpoint import load_gpt2_params_from_tf_ckpt, read_index
 
@@ -163,18 +162,6 @@ def save_v2(prefix, tensors, dtype="float32"):
     tf.raw_ops.SaveV2(prefix=str(prefix), tensor_names=list(tensors), shape_and_slices=slices, tensors=values)
 
 
-def test_index_of_several_blocks(tmp_path):
-    """TensorFlow starts a new block after 256 KiB."""
-    arrays = {f"{i:04}" + 1000 * "x": np.full(i % 5, i, np.float32) for i in range(700)}
-    save_v2(tmp_path / "many", arrays)
-    data = (tmp_path / "many.data-00000-of-00001").read_bytes()
-    entries = read_index(str(tmp_path / "many.index"))
-    assert list(entries) == sorted(arrays)
-    for name, entry in entries.items():
-        assert entry.shape == arrays[name].shape
-        assert data[entry.offset : entry.offset + entry.size] == arrays[name].tobytes()
-
-
 def test_index_of_openais_release():
     """148 tensors in alphabetical order; offsets, sizes and CRCs as other readers have found them."""
     entries = read_index(str(need(DATA / "gpt2" / INDEX)))
@@ -260,7 +247,6 @@ def test_checkpoint_in_two_data_files_is_refused(tmp_path):
     ("scope", "dtype", "words"),
     [
         ("model/", "float16", "is float16; only float32 is supported: convert"),
-        ("model/", "uint8", "is of dtype 4; only float32 is supported: convert"),
         ("", "float32", "has the tensor h0/"),
         ("other/", "float32", "lacks the tensor model/"),
     ],
@@ -303,20 +289,13 @@ def test_full_disk_is_noticed_before_the_import(release, monkeypatch):
 
 
 def test_transformers_load_the_folder_and_save_one_that_loads(hugging_face, tmp_path, tiny_tensors):
-    """The saved vocabulary is a tokenizer.json."""
-    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+    """The saved vocabulary is a tokenizer.json; test_gpt2.py compares the logits."""
+    from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
     assert re.fullmatch(rb'\{"__metadata__": {"format": "pt"}, .*\} *', split(hugging_face / WEIGHTS)[0])
     model, report = GPT2LMHeadModel.from_pretrained(hugging_face, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    for name, tensor in tiny_tensors.items():
-        assert np.array_equal(state[f"transformer.{hugging_face_name(name)}"], tensor), name
-    config, default = model.config, GPT2Config()
-    sizes = (config.vocab_size, config.n_positions, config.n_embd, config.n_head, config.n_layer)
-    assert (*sizes, config.bos_token_id, config.eos_token_id) == (400, 128, 36, 3, 2, 399, 399)
-    for name in ("activation_function", "layer_norm_epsilon", "tie_word_embeddings", "scale_attn_weights", "n_inner"):
-        assert getattr(config, name) == getattr(default, name), name
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (399, 399)
 
     tokenizer, folder = GPT2Tokenizer.from_pretrained(hugging_face), tmp_path / "saved"
     model.save_pretrained(folder)
@@ -336,21 +315,13 @@ def test_transformers_load_the_folder_and_save_one_that_loads(hugging_face, tmp_
 
 
 def test_arrays_are_aligned_read_only_views_of_the_mapped_file(own):
-    params = load(own)[2]
-    n_aligned = 0
-    for array in flatten(params, TINY).values():
-        assert type(array) is np.ndarray
+    for array in flatten(load(own)[2], TINY).values():
         assert not array.flags.writeable
+        assert array.nbytes % 64 or array.ctypes.data % 64 == 0  # a tensor that fills cache lines begins with one
         owner = array
         while isinstance(owner, np.ndarray | memoryview):
             owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
         assert isinstance(owner, mmap.mmap)
-        if array.nbytes % 64 == 0:  # the tensor fills cache lines
-            assert array.ctypes.data % 64 == 0
-            n_aligned += 1
-    assert 0 < n_aligned < len(tensor_shapes(**TINY))
-    with pytest.raises(ValueError, match="read-only"):
-        params["wte"][0, 0] = 1.0
 
 
 def test_loading_a_ready_model_imports_no_heavy_package_and_writes_nothing(own):
@@ -365,12 +336,6 @@ def test_loading_a_ready_model_imports_no_heavy_package_and_writes_nothing(own):
     assert (done.stdout, done.stderr) == ("[] True\n", "")
     assert times_of(own) == before
     assert list(times_of(own.parent)) == [own.name]
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_read_only_folder(own, tiny_tensors):
-    own.chmod(0o555)
-    assert_same_params(load(own)[2], tiny_tensors)
 
 
 def test_folder_within_a_symlinked_folder(own, tmp_path, tiny_tensors):
@@ -402,7 +367,6 @@ ACCEPTED = {
     "masks of numbers": edit_tensors(lambda t: t | masks(np.float32)),
     "prefix, masks of truth values": edit_tensors(lambda t: prefixed(t | masks(np.bool_))),
     "tanh form of gelu": edit_json("config.json", activation_function="gelu_pytorch_tanh"),
-    "default n_inner": edit_json("config.json", n_inner=None),
     "n_inner": edit_json("config.json", n_inner=144),
 }
 
@@ -494,18 +458,15 @@ REFUSED = [  # the folder before, the file or folder that the message names, the
         for name, value, gpt2s in OTHER_MODELS
     ],
     ("own", "", edit_json("encoder.json", extra=400), "ids up to 400", "n_vocab = 400", "put the right vocabulary"),
-    ("own", "encoder.json", edit_json("encoder.json", extra=-1), "corrupt"),
     ("own", "tokenizer.json", tokenizer(type="WordPiece"), "is not a byte-level BPE"),
     ("own", "tokenizer.json", tokenizer("Whitespace", vocab={}, merges=[]), "is not a byte-level BPE"),
     ("own", "tokenizer.json", tokenizer(), "corrupt"),
     ("own", "tokenizer.json", tokenizer(vocab={}, merges=[3]), "corrupt"),
     ("own", "tokenizer.json", tokenizer(vocab={"a": -1}, merges=[]), "corrupt"),
     ("own", "", lambda folder: without(*times_of(folder))(folder), "lacks hparams.json, encoder.json, vocab.bpe, c"),
-    ("own", "", without("hparams.json", "config.json"), "lacks hparams.json; put"),
     ("own", "", without("vocab.bpe"), "lacks vocab.bpe; put"),
     ("own", "", without(WEIGHTS), f"lacks checkpoint, model.ckpt.index, model.ckpt.meta, {DATA_FILE}; put", WEIGHTS),
     ("hugging_face", "", without("merges.txt"), "lacks encoder.json, vocab.bpe; put"),
-    ("release", "", without("checkpoint"), "lacks checkpoint; put"),
     ("release", "", without(DATA_FILE), f"lacks {DATA_FILE}; put"),
     *[("release", "checkpoint", write("checkpoint", text), "corrupt") for text in CHECKPOINTS],
     ("release", INDEX, damage(INDEX, flipped), "corrupt"),

@@ -51,21 +51,10 @@ def nearly_equal(found, shown):
     return abs(float(found.rstrip("%")) - float(shown.rstrip("%"))) <= 2.001 * unit
 
 
-@pytest.mark.parametrize(
-    ("found", "shown", "same"),
-    [
-        ("a\nb\nc 1.5\n", "a\n...\nc ...\n", True),
-        ("a\nc\n", "a\n...\nc\n", True),
-        ("a\nb\n", "a\n", False),
-        ("loss 0.461278, 56%\n", "loss 0.461279, 57%\n", True),
-        ("loss 0.461276\n", "loss 0.461279\n", False),
-        ("[-1.5e-08, 3.  ]\n", "[-1.6e-08, 3.  ]\n", True),
-        ("1.6e-07\n", "1.6e-08\n", False),
-        ("12 ids\n", "13 ids\n", False),
-    ],
-)
-def test_only_last_digits_and_omitted_text_may_differ(found, shown, same):
-    assert matches(found, shown) == same
+def test_only_last_digits_and_omitted_text_may_differ():
+    assert matches("a\nb\nc 1.5\n0.461278, 56%\n", "a\n...\nc ...\n0.461279, 57%\n")
+    for found, shown in (("a\nb\n", "a\n"), ("0.461276", "0.461279"), ("1.6e-07", "1.6e-08"), ("12 ids", "13 ids")):
+        assert not matches(found, shown)
 
 
 def test_the_examples_of_reading_are_true(monkeypatch):

@@ -10,14 +10,13 @@ import pytest
 import torch
 
 import evaluate
-import gpt2
 from cli import evaluate as evaluate_cli
 from cli import generate
 from tests import gradients
-from tests.conftest import ROOT, need
+from tests.conftest import ROOT, assert_transformers_agree, need
+from tests.programs import assert_mistake
 from tests.random_model import DATA, random_tensors
 from training.dataset import split_text
-from utils import load_encoder_hparams_and_params
 from weights.names import nest
 from weights.safetensors_file import save_params
 
@@ -73,19 +72,16 @@ def run(tmp_path, tiny_flags, capsys):
     return run
 
 
-def test_printed_losses_are_those_of_single_predictions(run, tiny):
+def test_printed_losses_follow_from_the_total_loss(run, tiny):
     encoder, hparams, params = tiny
-    ids = encoder.encode(TEXT)[:100]
+    ids = encoder.encode(TEXT * 3)[:300]
     text = encoder.decode(ids)
     assert encoder.encode(text) == ids
-    total = 0.0
-    for i in range(1, len(ids)):
-        logits = gpt2.gpt2(ids[:i], **params, n_head=hparams["n_head"])[-1].astype(np.float64)
-        total += np.log(np.sum(np.exp(logits))) - logits[ids[i]]
+    total = evaluate.total_loss(ids, params, hparams["n_head"], 128, 64)
     loss, n_chars = total / (len(ids) - 1), len(encoder.decode(ids[1:]))
     code, out, err = run(content=text)
     assert (code, err) == (0, "")
-    assert f"100 tokens, {len(text)} characters\ncontext 128, stride 64\n" in out
+    assert f"300 tokens, {len(text)} characters\ncontext 128, stride 64\n" in out
     shown = "loss # nats per token\nperplexity # per token\n# nats per character\n# bits per byte\n"
     found = list(map(float, re.search(shown.replace("#", r" *(\S+)"), out).groups()))
     expected = [loss, math.exp(loss), total / n_chars, total / n_chars / math.log(2)]
@@ -109,9 +105,7 @@ def test_splits(run):
     ],
 )
 def test_mistakes(run, options, content, words):
-    code, out, err = run(*options.split(), content=content)
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert all(word in err for word in words), err
+    assert_mistake(run(*options.split(), content=content), *words, script="evaluate.py")
 
 
 def test_damaged_weights(run, tmp_path, tiny_models_dir, tiny):
@@ -140,17 +134,10 @@ def test_the_bundled_model_is_as_good_as_its_card_says(capsys):
 
 
 def test_the_bundled_model_is_small_and_transformers_load_it():
-    from transformers import AutoTokenizer, GPT2LMHeadModel
-
     files = "README.md config.json hparams.json log.jsonl loss.png merges.txt model.safetensors vocab.json"
     assert sorted(path.name for path in SHAKESPEARE.iterdir()) == files.split()
     assert sum(path.stat().st_size for path in SHAKESPEARE.iterdir()) < 12_000_000
-    encoder, hparams, params = load_encoder_hparams_and_params("shakespeare", str(ROOT / "models"))
-    ids = encoder.encode("ROMEO:\nBut soft, what light")
-    assert AutoTokenizer.from_pretrained(SHAKESPEARE).encode("ROMEO:\nBut soft, what light") == ids
-    with torch.no_grad():
-        theirs = GPT2LMHeadModel.from_pretrained(SHAKESPEARE)(torch.tensor([ids])).logits[0].numpy()
-    np.testing.assert_allclose(gpt2.gpt2(ids, **params, n_head=hparams["n_head"]), theirs, rtol=1e-4, atol=1e-4)
+    assert_transformers_agree(SHAKESPEARE, "ROMEO:\nBut soft, what light")
 
 
 @pytest.mark.parametrize("path", ["README.md", "models/shakespeare/README.md"])

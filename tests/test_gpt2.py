@@ -10,31 +10,14 @@ import pytest
 import gpt2
 import gpt2_pico
 from encoder import END_OF_TEXT
-from tests.conftest import PROMPTS, TINY
+from tests.conftest import N_HEAD, PROMPTS, TINY, their_greedy_ids, their_logits
 from weights.names import flatten, nest, tensor_shapes
 
 
 @pytest.fixture(scope="module")
-def theirs(tiny_models_dir):
-    """transformers' GPT-2 with the tiny model's weights."""
-    from transformers import GPT2LMHeadModel
-
-    return GPT2LMHeadModel.from_pretrained(tiny_models_dir / "tiny").eval()
-
-
-def their_logits(model, ids):
-    import torch
-
-    with torch.no_grad():
-        return model(torch.tensor(ids)).logits.numpy()
-
-
-def their_greedy_ids(model, ids, n_tokens):
-    import torch
-
-    inputs = torch.tensor([ids])
-    options = {"attention_mask": torch.ones_like(inputs), "pad_token_id": 0, "eos_token_id": None}  # id 0 is a token
-    return model.generate(inputs, max_new_tokens=n_tokens, do_sample=False, **options)[0, len(ids) :].tolist()
+def model(params):
+    """gpt2.gpt2 with the tiny model's weights."""
+    return functools.partial(gpt2.gpt2, **params, n_head=N_HEAD)
 
 
 def prompt_ids(encoder, prompt):
@@ -63,13 +46,10 @@ def test_the_layers_give_the_figures_of_gpt_in_60_lines_of_numpy():
     np.testing.assert_allclose(gpt2.gelu(x), [[0.84119, 1.9546], [-0.0454, 0.34571]], atol=5e-5)
     x = np.array([[2, 10], [-1, 0]], dtype=np.float32)
     np.testing.assert_allclose(gpt2.softmax(x), [[0.00034, 0.99966], [0.26894, 0.73106]], atol=5e-6)
+    np.testing.assert_array_equal(gpt2.softmax(np.array([1e4, 0, -1e4], dtype=np.float32)), [1, 0, 0])  # no overflow
     x = np.array([[2, 2, 3], [-5, 0, 1]], dtype=np.float32)
     expected = [[-0.70709, -0.70709, 1.41418], [-1.397, 0.508, 0.889]]
     np.testing.assert_allclose(gpt2.layer_norm(x, g=np.float32(1), b=np.float32(0)), expected, atol=5e-4)
-
-
-def test_softmax_does_not_overflow():
-    np.testing.assert_array_equal(gpt2.softmax(np.array([1e4, 0, -1e4], dtype=np.float32)), [1, 0, 0])
 
 
 @pytest.mark.parametrize("n_q", [1, 3, 7])
@@ -101,60 +81,52 @@ def test_gelu_softmax_and_layer_norm_are_those_of_torch(shape):
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_logits_and_64_greedy_ids_are_those_of_transformers(tiny, theirs, prompt):
-    encoder, hparams, params = tiny
-    ids = prompt_ids(encoder, prompt)
+def test_logits_and_64_greedy_ids_are_those_of_transformers(tiny, params, theirs, prompt):
+    ids = prompt_ids(tiny[0], prompt)
     logits, expected = their_logits(theirs, [ids])[0], their_greedy_ids(theirs, ids, 64)
     assert len(set(expected)) > 8, "too much repetition to show a difference"
     for module in (gpt2, gpt2_pico):
-        ours = module.gpt2(ids, **params, n_head=hparams["n_head"])
+        ours = module.gpt2(ids, **params, n_head=N_HEAD)
+        assert ours.dtype == np.float32
         np.testing.assert_allclose(ours, logits, rtol=1e-4, atol=1e-5)
-        ours = module.generate(ids, params, hparams["n_head"], 64)
+        ours = module.generate(ids, params, N_HEAD, 64)
         assert_same_ids(ours, expected, lambda i: their_logits(theirs, [ids + expected[:i]])[0, -1])
 
 
-def test_every_position_up_to_the_last_of_the_context(tiny, theirs):
-    _, hparams, params = tiny
+def test_every_position_and_every_tensor_matters(model, params, theirs):
+    """The logits of a full context are those of transformers; with any tensor changed they are not."""
     ids = random_ids(TINY["n_ctx"]).tolist()
-    logits = gpt2.gpt2(ids, **params, n_head=hparams["n_head"])
-    np.testing.assert_allclose(logits, their_logits(theirs, [ids])[0], rtol=1e-4, atol=1e-5)
+    expected = their_logits(theirs, [ids])[0]
+    np.testing.assert_allclose(model(ids), expected, rtol=1e-4, atol=1e-5)
+    for name in tensor_shapes(**TINY):
+        tensors = flatten(params, TINY)
+        tensors[name] = np.roll(tensors[name], 1, axis=-1)
+        difference = np.max(np.abs(gpt2.gpt2(ids, **nest(tensors, TINY["n_layer"]), n_head=N_HEAD) - expected))
+        assert difference > 1e-3 or math.isnan(difference), name
 
 
 # Batches, the cache, prefill
 
 
-@pytest.mark.parametrize("batch", [(1,), (3,), (2, 3)])
-def test_a_row_of_a_batch_is_the_row_alone(tiny, batch):
-    _, hparams, params = tiny
-    ids = random_ids(*batch, 11)
-    logits = gpt2.gpt2(ids, **params, n_head=hparams["n_head"])
-    assert logits.shape == (*batch, 11, TINY["n_vocab"])
-    for index in np.ndindex(batch):
-        alone = gpt2.gpt2(ids[index], **params, n_head=hparams["n_head"])
-        np.testing.assert_allclose(logits[index], alone, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize("batch", [(), (1,), (3,), (2, 3)])
 @pytest.mark.parametrize("pieces", [[11], [1] * 11, [4, 1, 1, 5], [1, 10]])
-def test_the_cache_and_last_only_give_the_logits_of_one_pass(tiny, batch, pieces):
-    _, hparams, params = tiny
+def test_batches_the_cache_and_last_only_give_the_logits_of_one_pass_over_one_row(model, batch, pieces):
     ids = random_ids(*batch, 11)
-    model = functools.partial(gpt2.gpt2, **params, n_head=hparams["n_head"])
-    whole, cache = model(ids), [gpt2.KVCache(11) for _ in params["blocks"]]
+    whole, cache = np.empty((*batch, 11, TINY["n_vocab"])), [gpt2.KVCache(11) for _ in range(TINY["n_layer"])]
+    for row in np.ndindex(batch):
+        whole[row] = model(ids[row])
     parts = [model(part, cache=cache) for part in np.split(ids, np.cumsum(pieces)[:-1], axis=-1)]
-    np.testing.assert_allclose(np.concatenate(parts, axis=-2), whole, rtol=1e-4, atol=1e-5)
-    last = model(ids, last_only=True)
-    assert last.shape == (*batch, 1, TINY["n_vocab"])
-    np.testing.assert_allclose(last, whole[..., -1:, :], rtol=1e-4, atol=1e-5)
+    last = model(ids, last_only=True), whole[..., -1:, :]
+    for logits, expected in ((model(ids), whole), (np.concatenate(parts, axis=-2), whole), last):
+        assert logits.shape == expected.shape
+        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 50, 1000])
-def test_prefill_in_chunks_gives_the_same_ids(tiny, monkeypatch, chunk):
-    _, hparams, params = tiny
+def test_prefill_in_chunks_gives_the_same_ids(params, monkeypatch, chunk):
     ids = random_ids(50).tolist()
-    expected = gpt2_pico.generate(ids, params, hparams["n_head"], 16)
     monkeypatch.setattr(gpt2, "PREFILL_CHUNK", chunk)
-    assert gpt2.generate(ids, params, hparams["n_head"], 16) == expected
+    assert gpt2.generate(ids, params, N_HEAD, 16) == gpt2_pico.generate(ids, params, N_HEAD, 16)
 
 
 def test_the_cache_returns_views_and_copies_only_the_new_rows():
@@ -171,92 +143,64 @@ def test_the_cache_returns_views_and_copies_only_the_new_rows():
 # float32, purity, JAX
 
 
-def every_array(monkeypatch, run):
-    """What every function of gpt2.py returned while run() ran, as (name, array)."""
-    seen = []
+def test_every_activation_is_float32(params, monkeypatch):
+    """What each function of gpt2.py returns, with and without a cache."""
+    seen, cache = [], [gpt2.KVCache(9) for _ in params["blocks"]]
     for name, function in inspect.getmembers(gpt2, inspect.isfunction):
 
         def wrapper(*args, name=name, function=function, **kwargs):
             result = function(*args, **kwargs)
-            seen.extend((name, a) for a in (result if isinstance(result, tuple) else (result,)))
+            seen.extend((name, a.dtype) for a in (result if isinstance(result, tuple) else (result,)) if a is not None)
             return result
 
         if "generate" not in name:
             monkeypatch.setattr(gpt2, name, wrapper)
-    run()
-    return [(name, a) for name, a in seen if isinstance(a, np.ndarray)]
-
-
-@pytest.mark.parametrize("with_cache", [False, True])
-def test_every_activation_is_float32(tiny, monkeypatch, with_cache):
-    _, hparams, params = tiny
-    cache = [gpt2.KVCache(9) for _ in params["blocks"]] if with_cache else None
-
-    def run():
-        for part in ([3, 1, 4], [1]):
-            gpt2.gpt2(part, **params, n_head=hparams["n_head"], cache=cache)
-
-    seen = every_array(monkeypatch, run)
+    for ids in ([3, 1, 4], [1]):
+        for options in ({}, {"cache": cache}):
+            gpt2.gpt2(ids, **params, n_head=N_HEAD, **options)
     names = "gelu softmax layer_norm linear ffn attention split_heads mha transformer_block embed gpt2"
     assert {name for name, _ in seen} == set(names.split())
-    assert {a.dtype for _, a in seen} == {np.dtype(np.float32)}
-    assert all(c.k.dtype == c.v.dtype == np.float32 for c in cache or [])
+    assert {*(dtype for _, dtype in seen), *(a.dtype for c in cache for a in (c.k, c.v))} == {np.dtype(np.float32)}
 
 
-def test_pico_stays_float32(tiny):
-    _, hparams, params = tiny
-    assert gpt2_pico.gpt2([1, 2, 3], **params, n_head=hparams["n_head"]).dtype == np.float32
-    for function in (gpt2_pico.gelu, gpt2_pico.softmax):
-        assert function(np.ones((2, 3), dtype=np.float32)).dtype == np.float32
-
-
-def test_nothing_writes_into_its_inputs(tiny):
+def test_nothing_writes_into_its_inputs(params):
     """params are read-only views, so any write to them would raise; the activations are frozen here."""
-    _, hparams, params = tiny
     x = np.random.default_rng(0).standard_normal((5, TINY["n_embd"]), dtype=np.float32)
     x.flags.writeable = False
     block = params["blocks"][0]
-    gpt2.transformer_block(x, **block, n_head=hparams["n_head"])
+    gpt2.transformer_block(x, **block, n_head=N_HEAD)
     gpt2.gelu(x), gpt2.softmax(x), gpt2.layer_norm(x, **block["ln_1"]), gpt2.split_heads(x, 3)
     gpt2.attention(x, x, x)
 
 
-def test_the_same_source_runs_on_jax(tiny):
+@pytest.mark.parametrize("module", [gpt2, gpt2_pico])
+def test_the_same_source_runs_on_jax(model, params, module):
     jax, jnp = pytest.importorskip("jax"), pytest.importorskip("jax.numpy")
-    _, hparams, params = tiny
-    for module in (gpt2, gpt2_pico):
-        source = inspect.getsource(module).replace("import numpy as np", "import jax.numpy as np")
-        namespace = {"__name__": "on_jax"}
-        exec(compile(source, "on_jax", "exec"), namespace)
-        logits = namespace["gpt2"]([3, 1, 4, 1, 5], **params, n_head=hparams["n_head"])
-        assert isinstance(logits, type(jnp.zeros(1)))
-        assert logits.dtype == np.float32
-        ours = gpt2.gpt2([3, 1, 4, 1, 5], **params, n_head=hparams["n_head"])
-        np.testing.assert_allclose(logits, ours, rtol=1e-3, atol=1e-4)
-        compiled = jax.jit(functools.partial(namespace["gpt2"], n_head=hparams["n_head"]))
-        np.testing.assert_allclose(compiled(jnp.array([3, 1, 4, 1, 5]), **params), ours, rtol=1e-3, atol=1e-4)
+    namespace, ids = {"__name__": "on_jax"}, [3, 1, 4, 1, 5]
+    exec(inspect.getsource(module).replace("import numpy as np", "import jax.numpy as np"), namespace)
+    on_jax = functools.partial(namespace["gpt2"], n_head=N_HEAD)
+    for logits in (on_jax(ids, **params), jax.jit(on_jax)(jnp.array(ids), **params)):
+        assert isinstance(logits, jax.Array) and logits.dtype == np.float32
+        np.testing.assert_allclose(logits, model(ids), rtol=1e-3, atol=1e-4)
 
 
 # Generation
 
 
-def test_generate_does_not_modify_its_argument_and_takes_any_sequence(tiny):
-    _, hparams, params = tiny
+def test_generate_does_not_modify_its_argument_and_takes_any_sequence(params):
     ids = [3, 1, 4]
-    new = gpt2.generate(ids, params, hparams["n_head"], 5)
+    new = gpt2.generate(ids, params, N_HEAD, 5)
     assert ids == [3, 1, 4]
-    assert len(new) == 5
-    assert all(type(i) is int for i in new)
+    assert len(new) == 5 and {type(i) for i in new} == {int}
     for same in (tuple(ids), np.array(ids)):
-        assert gpt2.generate(same, params, hparams["n_head"], 5) == new
+        assert gpt2.generate(same, params, N_HEAD, 5) == new
 
 
-def test_tokens_come_one_by_one(tiny, monkeypatch):
+def test_tokens_come_one_by_one(params, monkeypatch):
     """Each new token costs one position, after one pass over the prompt."""
-    _, hparams, params = tiny
     lengths, model = [], gpt2.gpt2
     monkeypatch.setattr(gpt2, "gpt2", lambda ids, **rest: (lengths.append(len(ids)), model(ids, **rest))[1])
-    tokens = gpt2.generate_tokens([3, 1, 4], params, hparams["n_head"], 4)
+    tokens = gpt2.generate_tokens([3, 1, 4], params, N_HEAD, 4)
     assert lengths == []
     next(tokens)
     assert lengths == [3]
@@ -264,29 +208,21 @@ def test_tokens_come_one_by_one(tiny, monkeypatch):
     assert lengths == [3, 1, 1, 1]
 
 
-def test_stop_id_ends_the_sequence_and_is_not_returned(tiny):
-    _, hparams, params = tiny
-    ids = gpt2.generate([7, 8, 9], params, hparams["n_head"], 20)
+def test_stop_id_ends_the_sequence_and_is_not_returned(params):
+    ids = gpt2.generate([7, 8, 9], params, N_HEAD, 20)
     stop = next(i for i in ids if i != ids[0])
-    assert gpt2.generate([7, 8, 9], params, hparams["n_head"], 20, stop_id=stop) == ids[: ids.index(stop)]
-    assert gpt2.generate([7, 8, 9], params, hparams["n_head"], 20, stop_id=-1) == ids
+    assert gpt2.generate([7, 8, 9], params, N_HEAD, 20, stop_id=stop) == ids[: ids.index(stop)]
+    assert gpt2.generate([7, 8, 9], params, N_HEAD, 20, stop_id=-1) == ids
 
 
-def test_sample_gets_the_last_logits(tiny):
-    _, hparams, params = tiny
-    seen = []
-    gpt2.generate([3, 1, 4], params, hparams["n_head"], 1, sample=lambda logits: (seen.append(logits), 0)[1])
-    expected = gpt2.gpt2([3, 1, 4], **params, n_head=hparams["n_head"])[-1]
-    np.testing.assert_allclose(seen[0], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_the_context_may_be_filled_but_not_exceeded(tiny):
-    _, hparams, params = tiny
-    n_ctx, model = TINY["n_ctx"], functools.partial(gpt2.gpt2, **params, n_head=hparams["n_head"])
-    assert len(gpt2.generate([1] * (n_ctx - 2), params, hparams["n_head"], 2)) == 2
-    assert gpt2.generate([1] * n_ctx, params, hparams["n_head"], 0) == []
+def test_the_context_may_be_filled_but_not_exceeded_and_a_prompt_not_be_empty(model, params):
+    n_ctx = TINY["n_ctx"]
+    assert len(gpt2.generate([1] * (n_ctx - 2), params, N_HEAD, 2)) == 2
+    assert gpt2.generate([1] * n_ctx, params, N_HEAD, 0) == []
     with pytest.raises(ValueError, match=rf"{n_ctx - 2} tokens \+ 3 more = {n_ctx + 1}.*context of {n_ctx}"):
-        gpt2.generate([1] * (n_ctx - 2), params, hparams["n_head"], 3)
+        gpt2.generate([1] * (n_ctx - 2), params, N_HEAD, 3)
+    with pytest.raises(ValueError, match="at least one token"):
+        gpt2.generate([], params, N_HEAD, 3)
     with pytest.raises(ValueError, match="context"):
         model([1] * (n_ctx + 1))
     for n_max, n_filled in ((n_ctx + 1, n_ctx), (3, 3)):
@@ -296,27 +232,7 @@ def test_the_context_may_be_filled_but_not_exceeded(tiny):
             model([1], cache=cache)
 
 
-def test_an_empty_prompt_is_an_error(tiny):
-    _, hparams, params = tiny
-    with pytest.raises(ValueError, match="at least one token"):
-        gpt2.generate([], params, hparams["n_head"], 3)
-
-
 def test_the_two_models_stay_short():
     lines, pico_lines = (inspect.getsource(module).splitlines() for module in (gpt2, gpt2_pico))
     assert len(lines) <= 165
     assert len(pico_lines) <= 68 and sum(1 for line in pico_lines if line.strip()) <= 46
-
-
-def test_wrong_weights_would_show(tiny, theirs):
-    """Every tensor matters: changing any one of them changes the logits beyond the tolerance used above."""
-    _, hparams, params = tiny
-    ids = random_ids(20).tolist()
-    expected = their_logits(theirs, [ids])[0]
-
-    for name in tensor_shapes(**hparams):
-        tensors = flatten(params, hparams)
-        tensors[name] = np.roll(tensors[name], 1, axis=-1)
-        logits = gpt2.gpt2(ids, **nest(tensors, hparams["n_layer"]), n_head=hparams["n_head"])
-        difference = np.max(np.abs(logits - expected))
-        assert difference > 1e-3 or math.isnan(difference), name

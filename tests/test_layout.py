@@ -18,14 +18,14 @@ ALLOWED = {
     "encoder": ("weights.errors", "weights.files"),
     "utils": ("encoder", "engines.allocator", "weights"),
     "weights": ("weights",),
-    "engines": ("gpt2", "sampling", "engines", "weights"),
+    "engines": ("gpt2", "engines", "weights"),
     "training": ("gpt2", "encoder", "sampling", "utils", "engines", "training", "weights"),
     "explain": ("gpt2", "sampling", "engines", "training", "explain", "weights"),
     "official": ("gpt2", "utils", "official", "weights"),
     "official.theirs": ("encoder",),  # OpenAI's, not ours: it runs in a process of its own
     "train": ("training",),
-    "evaluate": ("gpt2", "engines", "training", "weights"),
-    "baby_gpt": ("gpt2", "sampling", "engines", "training", "weights"),
+    "evaluate": ("training",),
+    "baby_gpt": ("sampling", "training", "weights"),
 }
 
 

@@ -82,21 +82,9 @@ def test_whole_run_equals_the_original(tmp_path):
     assert [line.partition(": ")[2] for line in lines[1003:]] == SAMPLES.split()
 
 
-def test_softmax_of_large_logits():
-    x = [0.3, -1.2, 800.0, 799.0]
-    found = [v.data for v in microgpt.softmax([Value(v) for v in x])]
-    assert found == pytest.approx(torch.softmax(tensor(x), 0).tolist(), rel=1e-12)
-
-
-def test_deep_graph_and_graph_with_many_paths():
-    y = x = Value(1.0)
-    sum([Value(1.0)] * 20 * sys.getrecursionlimit(), x).backward()
+def test_a_graph_may_be_deeper_than_the_recursion_limit():
+    sum([Value(1.0)] * 20 * sys.getrecursionlimit(), x := Value(1.0)).backward()
     assert x.grad == 1.0
-    x.grad = 0.0
-    for _ in range(200):
-        y = y + y
-    y.backward()
-    assert x.grad == 2.0**200
 
 
 def torch_weights(model):
@@ -139,7 +127,6 @@ def test_loss_and_every_gradient(monkeypatch):
     loss.backward()
     expected.backward()
     assert loss.data == pytest.approx(expected.item(), rel=1e-13)
-    assert len(model) == 3 + 6 * 2
     for name, matrix in model.items():
         gradient = tensor([[v.grad for v in row] for row in matrix])
         assert weights[name].grad.abs().max() > 1e-3, name
@@ -190,20 +177,17 @@ def test_a_seed_repeats_a_run(run):
     ("arguments", "said"),
     [
         ("--steps 0", "--steps 0: must be a finite number, at least 1"),
-        ("--n_samples 0", "--n_samples 0:"),
         ("--temperature 0", "--temperature 0.0: must be a finite number, at least 0.001"),
         ("--temperature nan", "--temperature nan"),
         ("--temperature inf", "--temperature inf"),
-        ("--step 3", "--step"),
         ("--data nowhere.txt", "nowhere.txt: [Errno 2] No such file"),
-        ("--data empty.txt", "empty.txt: the file has no text"),
         ("--data blank.txt", "the file has no text"),
         ("--data latin1.txt", "latin1.txt: 'utf-8' codec can't decode byte 0xe9 in position 3"),
     ],
 )
 def test_mistakes(run, tmp_path, arguments, said):
-    for name, content in {"empty": b"", "blank": b" \n\r\n\t\n", "latin1": b"caf\xe9\n"}.items():
-        (tmp_path / f"{name}.txt").write_bytes(content)
+    (tmp_path / "blank.txt").write_bytes(b" \n\r\n\t\n")
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9\n")
     assert_error(run(arguments), said)
 
 
@@ -275,19 +259,8 @@ def test_a_failed_download_leaves_no_file(source, run, tmp_path):
     source.write_text(TEXT.upper(), encoding="utf-8")
     assert_error(run("--steps 1"), "data/names.txt: SHA-256 is ")
     source.unlink()
-    assert_error(run("--steps 1"), "data/names.txt: ", "No such")
+    assert_error(run("--steps 1"), "data/names.txt: ", "No such", "--data FILE", microgpt.URL)
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
-    source.write_text(TEXT, encoding="utf-8")
-    (tmp_path / "data").touch()
-    assert_error(run("--steps 1"), "data/names.txt: ", "exists")
-
-
-@pytest.mark.parametrize(("port", "said"), [("9", "Connection refused"), ("abc", "abc")])
-def test_a_proxy_that_does_not_work(monkeypatch, run, port, said):
-    monkeypatch.setattr("urllib.request._opener", None)  # it keeps the proxies of an earlier test
-    monkeypatch.delenv("no_proxy", raising=False)
-    monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
-    assert_error(run("--steps 1"), said, "--data FILE", microgpt.URL)
 
 
 def test_the_file_is_short_and_needs_no_package():

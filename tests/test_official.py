@@ -112,10 +112,8 @@ def test_missing_programs_are_named(tmp_path, upstream, mistake, monkeypatch):
     mistake(["--official_repo", "new", "--clone"], "git is needed")
 
 
-def test_wrong_options(tmp_path, mistake):
-    for options in (["--n_tokens_to_generate", "0"], ["prompt"]):
-        mistake(["--official_repo", "x", *options], "--help")
-    assert_mistake(run_script(cwd=tmp_path), "--official_repo", script="official/compare.py")
+def test_wrong_options_in_another_folder(tmp_path):
+    assert_mistake(run_script(cwd=tmp_path), "--official_repo", "--help", script="official/compare.py")
 
 
 def test_a_model_without_openais_files(tmp_path, mistake, monkeypatch):
@@ -134,8 +132,7 @@ def test_a_model_without_openais_files(tmp_path, mistake, monkeypatch):
 
 def test_hparams():
     hparams = theirs.HParams(n_ctx=1024, n_head=12)
-    assert hparams.override_from_dict({"n_head": 16}) is hparams
-    assert vars(hparams) == {"n_ctx": 1024, "n_head": 16}
+    assert vars(hparams.override_from_dict({"n_head": 16})) == {"n_ctx": 1024, "n_head": 16}
     with pytest.raises(KeyError, match="n_haed"):
         hparams.override_from_dict({"n_haed": 1})
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import multiprocessing
 import os
 import pickle
@@ -10,15 +11,13 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 
 import gpt2
 from engines import columns, parallel
 from engines.columns import Columns, Table
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, their_greedy_ids, their_logits
 from tests.gradients import torch_model
 from tests.random_model import random_tensors
-from tests.test_gpt2 import their_greedy_ids
 from weights.names import nest
 
 WIDE = {"n_vocab": 300, "n_ctx": 64, "n_embd": 160, "n_head": 5, "n_layer": 2}  # shards of 5 heads: unequal ones
@@ -110,32 +109,26 @@ def test_shards_are_of_equal_size(n, n_processes):
     assert sizes.min() >= 1 and sizes.max() - sizes.min() <= 1
 
 
-def hugging_face_model(hparams, tensors):
-    return torch_model(hparams, tensors)[0].eval()
-
-
 @pytest.fixture(scope="module", params=[(WIDE, 1), (WIDE, 3), (TINY, 2)], ids=["wide-1", "wide-3", "tiny-2"])
 def sharded(request):
     """(sharded model, its params, the plain params, n_head, transformers' model)"""
     hparams, n_processes = request.param
     tensors, n_head = random_tensors(hparams), hparams["n_head"]
+    theirs = torch_model(hparams, tensors)[0].eval()
     model, params = parallel.shared(nest(tensors, hparams["n_layer"]), n_head, n_processes)
     for tensor in tensors.values():
         tensor.fill(np.nan)  # the sharded model has copies in all processes
-    return model, params, params_of(hparams), n_head, hugging_face_model(hparams, random_tensors(hparams))
+    return model, params, params_of(hparams), n_head, theirs
 
 
 def test_its_logits_and_ids_are_those_of_transformers(sharded):
     model, params, _, n_head, theirs = sharded
     ids = some_ids(2, 20)
-    with torch.inference_mode():
-        expected = theirs(torch.tensor(ids)).logits.numpy()
-    ours = model.gpt2(ids, **params, n_head=n_head)
-    assert ours.dtype == np.float32
-    np.testing.assert_allclose(ours, expected, atol=2e-4)
-    np.testing.assert_allclose(model.gpt2(ids[0], **params, n_head=n_head), expected[0], atol=2e-4)
-    last = model.gpt2(ids, **params, n_head=n_head, last_only=True)
-    np.testing.assert_allclose(last, expected[:, -1:], atol=2e-4)
+    logits, expected = functools.partial(model.gpt2, **params, n_head=n_head), their_logits(theirs, ids)
+    assert logits(ids).dtype == np.float32
+    np.testing.assert_allclose(logits(ids), expected, atol=2e-4)
+    np.testing.assert_allclose(logits(ids[0]), expected[0], atol=2e-4)
+    np.testing.assert_allclose(logits(ids, last_only=True), expected[:, -1:], atol=2e-4)
     ids = some_ids(6).tolist()
     assert model.generate(ids, params, n_head, 16) == their_greedy_ids(theirs, ids, 16)
 

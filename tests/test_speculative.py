@@ -9,37 +9,16 @@ import gpt2
 from engines import parallel, speculative
 from engines.speculative import MAX_DRAFT, AcceptanceRate, Draft, Lookup, Speculation
 from sampling import make_sampler
-from tests.conftest import PROMPTS, TINY
-from tests.gradients import torch_model
+from tests.conftest import INPUTS, N_HEAD, N_NEW, PROMPTS, TINY, their_greedy_ids
 from tests.programs import assert_mistake
 from tests.random_model import random_tensors, write_byte_vocabulary, write_safetensors
-from tests.test_batching import INPUTS
-from tests.test_gpt2 import their_greedy_ids
 from weights.names import nest
 
-N, N_HEAD = 24, TINY["n_head"]
-SEQUENCES = [*INPUTS[:4], [3, 1, 4, 1, 5, 9] * 6]
-
 
 @pytest.fixture(scope="module")
-def params():
-    return nest(random_tensors(TINY), TINY["n_layer"])
-
-
-@pytest.fixture(scope="module")
-def theirs():
-    return torch_model(TINY, random_tensors(TINY))[0].eval()
-
-
-@pytest.fixture(scope="module")
-def expected(theirs):
-    """The ids with which transformers continue each sequence."""
-    return [their_greedy_ids(theirs, ids, N) for ids in SEQUENCES]
-
-
-@pytest.fixture(scope="module", params=["gpt2", "small batch"])
-def model_and_params(request, params):
-    return (gpt2, params) if request.param == "gpt2" else parallel.shared(params, N_HEAD, 1)
+def sequences(expected):
+    """Pairs of ids and those with which transformers continue them; the last ids repeat themselves."""
+    return [(INPUTS[i], expected[i]) for i in (0, 1, 2, 3, -1)]
 
 
 @pytest.fixture(scope="module")
@@ -111,30 +90,23 @@ def test_a_draft_model_drafts_its_greedy_tokens(params, theirs):
 
 
 @pytest.mark.parametrize("name", ["lookup", "right", "sometimes", "another model"])
-def test_ids_are_those_without_drafting(model_and_params, params, drafters, expected, name):
+def test_ids_are_those_without_drafting(model_and_params, params, drafters, sequences, name):
     """The greedy ids of transformers; with a seed, the samples of gpt2.generate."""
-    for seed, (ids, greedy) in enumerate(zip(SEQUENCES, expected, strict=True)):
+    for seed, (ids, greedy) in enumerate(sequences):
         samplers = [make_sampler(0.9, top_k=20, seed=seed) for _ in range(2)]
-        seeded = gpt2.generate(ids, params, N_HEAD, N, sample=samplers[0])
+        seeded = gpt2.generate(ids, params, N_HEAD, N_NEW, sample=samplers[0])
         for new, sample in ((greedy, np.argmax), (seeded, samplers[1])):
             speculation = speculate(model_and_params, lambda text=ids + new: drafters[name](text))
-            assert list(speculation.generate_tokens(ids, N, sample)) == new
-            assert speculation.n_tokens == N >= speculation.n_passes >= 1 + (N - 1) // (1 + MAX_DRAFT)
-            assert speculation.n_draft >= speculation.n_accepted == N - speculation.n_passes
+            assert list(speculation.generate_tokens(ids, N_NEW, sample)) == new
+            assert speculation.n_tokens == N_NEW >= speculation.n_passes >= 1 + (N_NEW - 1) // (1 + MAX_DRAFT)
+            assert speculation.n_draft >= speculation.n_accepted == N_NEW - speculation.n_passes
 
 
-def test_rejected_tokens_are_removed_in_every_process(params, drafters, expected):
-    ids, new = SEQUENCES[0], expected[0]
-    speculation = speculate(parallel.shared(params, N_HEAD, 2), lambda: drafters["sometimes"](ids + new))
-    assert list(speculation.generate_tokens(ids, N)) == new
-    assert speculation.n_draft > speculation.n_accepted > 0
-
-
-@pytest.mark.parametrize("place", [0, 1, N - 1])
+@pytest.mark.parametrize("place", [0, 1, N_NEW - 1])
 def test_the_stop_id_ends_the_text_within_a_pass(model_and_params, expected, place):
-    ids, new = SEQUENCES[0], expected[0]
+    ids, new = INPUTS[0], expected[0]
     speculation = speculate(model_and_params, lambda: Scripted(ids + new))
-    assert list(speculation.generate_tokens(ids, N, stop_id=new[place])) == new[: new.index(new[place])]
+    assert list(speculation.generate_tokens(ids, N_NEW, stop_id=new[place])) == new[: new.index(new[place])]
     if place == 0:
         assert speculation.report(1.0).startswith("tokens: 0, passes: 1 (0.00 tokens per pass), draft tokens: 0, acc")
 

@@ -45,7 +45,7 @@ class AdamW:
         list(parallel_map(lambda name: self.update_tensor(name, gradients[name], learning_rate, scale), largest_first))
 
     def update_tensor(self, name, gradient, learning_rate, scale):
-        """Compute, chunk by chunk and with one scratch array, where t is the step:
+        """Compute, chunk by chunk and with one scratch array, where t is the step and g = scale * gradient:
 
         m = beta1*m + (1-beta1)*g,  m_hat = m / (1 - beta1**t)
         v = beta2*v + (1-beta2)*g*g,  v_hat = v / (1 - beta2**t)
@@ -80,7 +80,7 @@ def global_norm(gradients, parallel_map=map):
 
 
 def learning_rate_at(step, learning_rate, min_lr, warmup_iters, lr_decay_iters):
-    """Return the learning rate of a step: linear warm-up from 0 to learning_rate, then cosine decay to min_lr.
+    """Return the learning rate of a step: linear warm-up to learning_rate, then cosine decay to min_lr.
 
     The decay ends at step lr_decay_iters (Loshchilov & Hutter 2017, equation 5).
     """

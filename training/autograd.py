@@ -133,15 +133,15 @@ class At(NamedTuple):
 class Gradient:
     """The sum of the gradients that one Tensor gets from the operations that use it.
 
-    ours: whether nothing else refers to the array `total`, so that it can be added to in place.
+    owned: whether nothing else refers to the array `total`, so that it can be added to in place.
     """
 
     def __init__(self, total=None):
-        self.total, self.ours = total, True
+        self.total, self.owned = total, True
 
     def own(self):
-        if not self.ours:
-            self.total, self.ours = self.total.copy(), True
+        if not self.owned:
+            self.total, self.owned = self.total.copy(), True
         return self.total
 
     def add(self, part, x, dy):
@@ -152,11 +152,11 @@ class Gradient:
             return
         part = np.asarray(unbroadcast(part, x.shape), x.dtype)
         if self.total is None:
-            self.total, self.ours = part, part.flags.writeable and not np.may_share_memory(part, dy)
-        elif self.ours:
+            self.total, self.owned = part, part.flags.writeable and not np.may_share_memory(part, dy)
+        elif self.owned:
             self.total += part
         else:
-            self.total, self.ours = np.asarray(self.total + part), True
+            self.total, self.owned = np.asarray(self.total + part), True
 
 
 def unbroadcast(dy, shape):
@@ -184,8 +184,8 @@ def add_at(total, index, values):
         np.add.at(total, index, values)
 
 
-# An operation is a function from arrays to its value and, for each argument, a function from dy, the gradient of the
-# value, to the gradient of that argument (Griewank & Walther 2008, section 3.2).
+# An operation takes arrays. It returns its value and, for each argument, a function that turns dy, the gradient of the
+# value, into the gradient of that argument (Griewank & Walther 2008, section 3.2).
 
 OPERATIONS = {}  # by the function of NumPy that each replaces when an argument is a Tensor
 
@@ -305,7 +305,7 @@ def matmul(a, b):
         raise unsupported("matmul", ["a vector"])
 
     def derivative_of_b(dy):
-        if b.strides[-1] <= b.strides[-2]:  # rows are contiguous, and the gradient's too, or adding them up is slow
+        if b.strides[-1] <= b.strides[-2]:  # in C order; so is its gradient, to be added up fast
             return np.swapaxes(a, -1, -2) @ dy
         return np.swapaxes(np.swapaxes(dy, -1, -2) @ a, -1, -2)
 

@@ -2,7 +2,7 @@
 
 The tensors are the parameters ("w/" before the checkpoint name) and AdamW's moments ("m/", "v/"); the metadata are the
 state and the options as JSON. No state of a random generator is saved: the random numbers of a step depend only on the
-seed and the number of the step.
+seed, the number of the step and, for dropout, the number of threads.
 """
 
 import json

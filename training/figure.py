@@ -1,4 +1,4 @@
-"""Save matplotlib figures as PNG, SVG or PDF; report what is missing before work is lost."""
+"""Save matplotlib figures as PNG, SVG or PDF, and check beforehand that this will work."""
 
 import os
 
@@ -8,7 +8,7 @@ from weights.files import atomic_write, check_writable
 REMEDY = "choose another path for the figure"
 
 
-def check_picture(path, remedy=REMEDY):
+def check_figure_path(path):
     """Raise UserError if save_figure would fail for this path."""
     try:
         import matplotlib.figure  # noqa: F401 (imported to see whether it is installed)
@@ -16,7 +16,7 @@ def check_picture(path, remedy=REMEDY):
         raise UserError(f"drawing {path} needs matplotlib ({error}); pip install matplotlib") from None
     if extension(path) not in ("png", "svg", "pdf"):
         raise UserError(f"{path!r} does not end in .png, .svg or .pdf; choose a name that does")
-    check_writable(path, remedy)
+    check_writable(path, REMEDY)
 
 
 def new_figure(width, height):

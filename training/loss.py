@@ -11,8 +11,8 @@ from weights.names import nest
 def lm_loss(params, inputs, targets, n_head, model=gpt2):  # dict, [batch, n_seq], [batch, n_seq] -> scalar
     """Return the mean cross-entropy of the model's predictions, in nats per token; a Tensor if params has Tensors.
 
-    model: a module with a function gpt2: the module gpt2; gpt2_pico, for one sequence; or fused.training_model(), which
-    has dropout and hand-written backward passes.
+    model: the module gpt2, gpt2_pico (one sequence only), or fused.training_model(), which has dropout and hand-written
+    backward passes.
     """
     return fused.cross_entropy(model.gpt2(inputs, **params, n_head=n_head), np.asarray(targets))
 

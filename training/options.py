@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of a training run, under nanoGPT's names. A preset has values for the fields without a default."""
+    """The options of a training run, under nanoGPT's names. Presets have values for most of them."""
 
     # Files
     name: str  # the model's folder under models_dir
@@ -31,7 +31,7 @@ class Options:
     # Optimization
     max_iters: int  # steps
     learning_rate: float  # the largest, after the warm-up
-    warmup_iters: int  # steps from 0 up to learning_rate
+    warmup_iters: int  # steps of linear warm-up to learning_rate
     lr_decay_iters: int | None = None  # the step at which min_lr is reached; None: max_iters
     min_lr: float | None = None  # None: learning_rate / 20
     weight_decay: float = 0.1

@@ -87,7 +87,7 @@ def plan_new(model_dir, given):
         check_fine_tuning(options, encoder, hparams)
     data, val_chars = encode_data(text, encoder, options)
     shapes = tensor_shapes(**hparams)
-    check_space(model_dir, 8 * 4 * n_params(shapes))  # parameters, moments and the best parameters, old and new
+    check_space(model_dir, 8 * 4 * n_params(shapes))  # old and new: parameters, two moments, best parameters
     if options.init_from == "scratch":
         tensors = initial_tensors(shapes, options.seed, gpt2_deviation(options.n_layer))
     else:
@@ -191,7 +191,7 @@ def open_data(model_dir, hparams, state):
 def prepare_folder(plan):
     """Write the files that stay the same during training, after removing those of a model that is replaced.
 
-    For a resumed run, drop the lines of the log that come after its last save.
+    plan.data is then read from these files. For a resumed run, drop the lines of the log after its last save.
     """
     if plan.state.saved_step >= 0:
         return truncate_log(plan.model_dir, plan.state.step)

@@ -42,7 +42,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def threads(self):
-        """Start one thread per shard; each may use threads // n_shards threads of BLAS."""
+        """Start one thread per shard, and limit BLAS to threads // n_shards threads in each."""
         quiet = functools.partial(np.seterr, over="ignore", invalid="ignore", divide="ignore")  # see check_finite
         blas_threads = max(1, self.options.threads // self.n_shards)
         with ThreadPoolExecutor(self.n_shards, initializer=quiet) as self.pool, threadpool_limits(blas_threads):
@@ -90,7 +90,7 @@ class Trainer:
             total.update(gradients)
 
     def check_finite(self, values):
-        """Raise UserError, with a remedy, if one of the values, a dict by description, is infinite or NaN."""
+        """Raise UserError, with a remedy, if a value is infinite or NaN. values: dict by description."""
         wrong = [f"the {name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if not wrong:
             return

@@ -37,7 +37,7 @@ def base_url():
 
 
 def is_downloadable(model_size):
-    """Return whether a server may have the model: OpenAI's has N_PARAMS, a mirror (GPT2_BASE_URL) may have any."""
+    """Return whether a server may have the model: OpenAI's has those in N_PARAMS, a mirror may have any."""
     return model_size in N_PARAMS or bool(os.environ.get("GPT2_BASE_URL"))
 
 

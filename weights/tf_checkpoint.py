@@ -53,7 +53,7 @@ class Entry(NamedTuple):
 
 
 def checkpoint_prefix(model_dir):
-    """Return the path that the file "checkpoint" names, such as models/124M/model.ckpt, or None if it is incomplete."""
+    """Return the path that the file "checkpoint" names, such as models/124M/model.ckpt; None if a file is missing."""
     with contextlib.suppress(OSError, ValueError):
         with open(os.path.join(model_dir, "checkpoint"), encoding="utf-8") as f:
             named = re.search(r'^model_checkpoint_path: *"(.+)"', f.read(), re.MULTILINE)
