@@ -144,7 +144,8 @@ def learn_merges(text, vocab_size):
     ids. Pairs are counted within words, and no word crosses a line break. Each distinct word is stored once, with its
     count, and a merge visits only the words that contain its pair.
 
-    Returns the merges in the order learned, as lines "left right", the same as those of Hugging Face's tokenizers.
+    Returns the merges in the order learned, as lines "left right", the same as those of Hugging Face's tokenizers
+    (except for letters of the newest version of Unicode).
     Merge i creates the symbol with id 256 + i; ids 0 to 255 are the byte symbols in sorted order.
     """
     byte_symbols = bytes_to_unicode()

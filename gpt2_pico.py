@@ -46,8 +46,8 @@ def generate(inputs, params, n_head, n_tokens_to_generate):
         inputs = [*inputs, int(np.argmax(gpt2(inputs, **params, n_head=n_head)[-1]))]
     return inputs[len(inputs) - n_tokens_to_generate :]
 
-def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"):
-    encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
+def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models", *unexpected, **unknown):
+    encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir, *unexpected, **unknown)
     ids = encoder.encode(prompt)
     if not (ids and 0 <= n_tokens_to_generate <= hparams["n_ctx"] - len(ids)):
         raise ValueError(f"{len(ids)} prompt tokens + {n_tokens_to_generate} new; need 1 to {hparams['n_ctx']} in all")
@@ -56,6 +56,6 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
 if __name__ == "__main__":
     try:
         Fire(decorators.SetParseFns(prompt=str, n_tokens_to_generate=int, model_size=str, models_dir=str)(main))
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         print(f"gpt2_pico.py: error: {error}", file=sys.stderr)
         sys.exit(2)

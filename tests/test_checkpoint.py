@@ -143,6 +143,12 @@ def test_import_is_bit_for_bit_and_needs_no_tensorflow(release, tiny_tensors, ca
     assert times_of(release) == before
 
 
+def test_without_google_crc32c_the_import_names_the_command(release, monkeypatch):
+    monkeypatch.setitem(sys.modules, "google_crc32c", None)
+    with one_line_error("google-crc32c", "pip install -r requirements.txt"):
+        load(release)
+
+
 def test_the_reader_gives_what_tensorflows_reader_gives(tiny_release):
     import tensorflow as tf
 

@@ -175,7 +175,10 @@ def read_bytes(stream, n):
 
 
 def masked_crc32c(data):
-    import google_crc32c
-
+    try:
+        import google_crc32c
+    except ImportError as error:
+        remedy = "pip install -r requirements.txt"
+        raise UserError(f"importing a checkpoint needs google-crc32c ({error}); {remedy}") from None
     crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
