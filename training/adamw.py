@@ -55,7 +55,7 @@ class AdamW:
         decay = 1 - learning_rate * self.weight_decay[name]
         step_size, root = learning_rate / (1 - self.beta1**t), math.sqrt(1 - self.beta2**t)
         flat = [a.reshape(-1) for a in (p, gradient, self.m[name], self.v[name])]
-        for chunk in chunks(p.size):
+        for chunk in chunks(p.size, scale=2):  # there is only one temporary array
             w, g, m, v = (a[chunk] for a in flat)
             scratch = g * (scale * (1 - self.beta1))
             m *= self.beta1
