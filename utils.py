@@ -17,10 +17,8 @@ from weights.download import check_space, size_of
 from weights.errors import CorruptFile, UserError
 from weights.names import load_hparams, n_params, tensor_shapes
 from weights.releases import CHECKPOINT_FILES, DATA_FILE, N_PARAMS, base_url, fetch_released, is_downloadable
-from weights.safetensors_file import load_params, save_params
+from weights.safetensors_file import WEIGHTS, load_params, save_params
 from weights.tf_checkpoint import checkpoint_prefix, load_gpt2_params_from_tf_ckpt
-
-WEIGHTS = "model.safetensors"
 
 
 def load_encoder_hparams_and_params(model_size, models_dir):
@@ -32,7 +30,7 @@ def load_encoder_hparams_and_params(model_size, models_dir):
     """
     model_dir = find_model_dir(model_size, models_dir)
     with quarantine(model_size, model_dir):
-        prepare_model(model_size, models_dir)
+        prepare_model(model_size, model_dir, models_dir)
         encoder, hparams = get_encoder(model_size, models_dir), load_hparams(model_dir)
         check_vocabulary(encoder, hparams, model_dir)
         params = load_params(os.path.join(model_dir, WEIGHTS), hparams)
@@ -117,9 +115,8 @@ def quarantine(model_size, model_dir):
 # The first run
 
 
-def prepare_model(model_size, models_dir):
+def prepare_model(model_size, model_dir, models_dir):
     """Download the files that the model's folder lacks and import its checkpoint, if this has not been done yet."""
-    model_dir = find_model_dir(model_size, models_dir)
     missing, weights = missing_files(model_dir), os.path.join(model_dir, WEIGHTS)
     if not missing and os.path.exists(weights):
         return
@@ -132,7 +129,7 @@ def prepare_model(model_size, models_dir):
         if missing_files(model_dir):
             download_gpt2_files(model_size, model_dir)
         if not os.path.exists(weights):
-            import_checkpoint(model_size, models_dir)
+            import_checkpoint(model_size, model_dir, models_dir)
 
 
 @contextlib.contextmanager
@@ -170,9 +167,8 @@ def download_gpt2_files(model_size, model_dir):
         fetch_released(model_size, model_dir, name)
 
 
-def import_checkpoint(model_size, models_dir):
+def import_checkpoint(model_size, model_dir, models_dir):
     """Write model.safetensors and config.json from the TensorFlow checkpoint in the model's folder."""
-    model_dir = find_model_dir(model_size, models_dir)
     say(f"importing the checkpoint in {model_dir}, once")
     prefix = checkpoint_prefix(model_dir)
     if not prefix:

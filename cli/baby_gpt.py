@@ -116,7 +116,7 @@ def read_characters(given):
     """Return arrays of token ids by split, and a string of the character of each id."""
     text = read_dataset(given.get("dataset", "tinyshakespeare"), given.get("data_dir", "data"))
     chars, ids = np.unique(list(text), return_inverse=True)
-    return dict(zip(("train", "val"), split_text(ids), strict=True)), "".join(chars)
+    return split_text(ids), "".join(chars)
 
 
 def print_row(texts):

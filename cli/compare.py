@@ -14,7 +14,7 @@ def make_parser():
         help=f"checkout of {compare.URL} at commit {compare.COMMIT[:7]}",
     )
     add("--clone", action="store_true", help="create that checkout with git if it does not exist")
-    add("--model_size", default="124M", help="the model, as for gpt2.py (default: 124M)")
+    parser.add_model_size()
     parser.add_models_dir()
     add("--n_tokens_to_generate", type=parse_positive, default=40, metavar="N", help="tokens per prompt (default: 40)")
     add("--prompt", metavar="TEXT", help="an additional prompt")

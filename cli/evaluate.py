@@ -25,11 +25,11 @@ def make_parser():
         default="all",
         help="val: the last tenth, which train.py --layout plain holds out (default: all)",
     )
-    add("--model_size", default="124M", help="the model, as for gpt2.py (default: 124M)")
+    parser.add_model_size()
     add("--context", type=parse_positive, metavar="N", help="tokens per window (default: the model's context)")
     add("--stride", type=parse_positive, metavar="N", help="tokens from window to window (default: half the context)")
     parser.add_models_dir()
-    add("--data_dir", default="data", metavar="DIR", help="where tinyshakespeare is downloaded to (default: data)")
+    parser.add_data_dir()
     add("--threads", type=parse_positive, default=n_cores(), metavar="N", help="threads (default: number of cores)")
     return parser
 
@@ -38,7 +38,7 @@ def evaluate(options):
     """Print the loss, the perplexity, and the loss per character and per byte."""
     text = read_dataset(options.dataset, options.data_dir)
     if options.split != "all":
-        text = dict(zip(("train", "val"), split_text(text), strict=True))[options.split]
+        text = split_text(text)[options.split]
     encoder, hparams, params = load_encoder_hparams_and_params(options.model_size, options.models_dir)
     context = options.context or hparams["n_ctx"]
     stride = options.stride or max(1, context // 2)
@@ -73,5 +73,5 @@ def evaluate(options):
 
 
 def run(argv=None):
-    """Run the command line argv (default sys.argv[1:]) and return its exit code."""
+    """Run the command line argv (default: sys.argv[1:]); return the exit code."""
     return exit_code("evaluate.py", lambda: evaluate(make_parser().parse_args(argv)))

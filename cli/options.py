@@ -34,6 +34,17 @@ class Parser(argparse.ArgumentParser):
             help="folder that contains the model folders (default: models)",
         )
 
+    def add_model_size(self):
+        self.add_argument("--model_size", default="124M", help="the model, as for gpt2.py (default: 124M)")
+
+    def add_data_dir(self):
+        self.add_argument(
+            "--data_dir",
+            default="data",
+            metavar="DIR",
+            help="where tinyshakespeare is downloaded to (default: data)",
+        )
+
     def error(self, message):
         hint = self.hint if message.startswith("unrecognized") else ""
         raise UserError(f"{message}{hint}; see python {self.prog} --help")

@@ -31,6 +31,7 @@ from training.report import Report
 from training.trainer import Trainer
 from weights.errors import UserError
 from weights.releases import N_PARAMS
+from weights.safetensors_file import WEIGHTS
 
 
 def parse_name(text):
@@ -106,7 +107,7 @@ def make_parser():
     add("--resume", action="store_true", help="continue from the last save of --name")
     add("--overwrite", action="store_true", help="replace the model --name if it exists")
     parser.add_models_dir()
-    add("--data_dir", metavar="DIR", default="data", help="where tinyshakespeare is downloaded to (default: data)")
+    parser.add_data_dir()
     add("--threads", type=parse_positive, metavar="N", help="threads (default: number of cores)")
     for title, options in TUNABLE.items():
         group = parser.add_argument_group(title)
@@ -156,7 +157,7 @@ def check_folder(model_dir, name, resume, overwrite):
         raise UserError("give --resume or --overwrite, not both: one continues the model, the other replaces it")
     can_resume = os.path.exists(os.path.join(model_dir, STATE))
     if resume and not can_resume:
-        if os.path.exists(os.path.join(model_dir, "model.safetensors")):
+        if os.path.exists(os.path.join(model_dir, WEIGHTS)):
             raise UserError(
                 f"{model_dir} has no {STATE} to resume from; --init_from {name} with another --name fine-tunes it"
             )

@@ -375,7 +375,7 @@ def test_fine_tuning_lowers_the_loss_of_a_pretrained_model(run, tiny_folder, tin
     assert losses[0] > losses[1] > losses[2]
     encoder, hparams, params = tiny
     n_ctx = hparams["n_ctx"]  # less than the preset's block_size
-    inputs, targets = dataset.even_windows(np.array(encoder.encode(dataset.split_text(TEXT)[1])), 80, n_ctx)
+    inputs, targets = dataset.even_windows(np.array(encoder.encode(dataset.split_text(TEXT)["val"])), 80, n_ctx)
     np.testing.assert_allclose(lm_loss(params, inputs, targets, hparams["n_head"]), losses[0], rtol=1e-4)
     tuned = load_encoder_hparams_and_params("new", str(folder.parent))
     assert tuned[1] == hparams and tuned[0].encoder == encoder.encoder and tuned[0].ranks == encoder.ranks

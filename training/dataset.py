@@ -50,9 +50,9 @@ def read_dataset(dataset, data_dir):
 
 
 def split_text(text):
-    """Return the first 90% of the characters, for training, and the last 10%, for validation: nanoGPT's split."""
+    """Return a dict of the first 90% of the characters, "train", and the last 10%, "val": nanoGPT's split."""
     n_train = int(len(text) * 0.9)
-    return text[:n_train], text[n_train:]
+    return {"train": text[:n_train], "val": text[n_train:]}
 
 
 def sections(text):
@@ -68,8 +68,8 @@ def encode_splits(text, encoder, layout):
     first 32,768 ids for validation, as llm.c does, but at most the first tenth.
     """
     if layout == "plain":
-        train, val = split_text(text)
-        return encoder.encode(train), encoder.encode(val), len(val)
+        splits = split_text(text)
+        return encoder.encode(splits["train"]), encoder.encode(splits["val"]), len(splits["val"])
     parts = sections(text)
     if len(parts) == 1:
         raise UserError("the text has no blank line (two line feeds) between sections; use --layout plain")

@@ -33,9 +33,10 @@ from weights.download import check_space
 from weights.errors import UserError
 from weights.files import atomic_write
 from weights.names import flatten, load_hparams, n_params, tensor_shapes
+from weights.safetensors_file import WEIGHTS
 
 # Files of a model that is replaced; encoder.json, for example, would be read in place of the new vocab.json.
-STALE = (STATE, LOG, PICTURE, "model.safetensors", "config.json", "encoder.json", "vocab.bpe", "tokenizer.json")
+STALE = (STATE, LOG, PICTURE, WEIGHTS, "config.json", "encoder.json", "vocab.bpe", "tokenizer.json")
 
 
 @dataclasses.dataclass
@@ -130,7 +131,7 @@ def new_encoder(options, text):
         return load_gpt2_encoder(options.models_dir)
     end_of_text = options.layout == "sections"
     vocab_size = N_BYTES + end_of_text if options.tokenizer == "bytes" else options.vocab_size
-    return train_encoder(split_text(text)[0], vocab_size, end_of_text)
+    return train_encoder(split_text(text)["train"], vocab_size, end_of_text)
 
 
 def check_fine_tuning(options, encoder, hparams):
@@ -172,7 +173,7 @@ def plan_resumed(model_dir, given):
     options = dataclasses.replace(options, **known_fields(Options, given))
     if options.max_iters < state.step:
         raise UserError(f"{model_dir} is at step {state.step} already; --max_iters must be at least that")
-    if not os.path.exists(os.path.join(model_dir, "model.safetensors")):
+    if not os.path.exists(os.path.join(model_dir, WEIGHTS)):
         state.best_loss, state.evaluated_step = math.inf, -1  # so that model.safetensors is written again
     optimizer = new_optimizer({name: np.array(tensor) for name, tensor in tensors["w"].items()}, options)
     optimizer.load_moments(tensors["m"], tensors["v"], state.step)

@@ -18,6 +18,7 @@ from weights.errors import CorruptFile, UserError
 from weights.files import atomic_write, map_file
 from weights.names import check_names, check_tensor, flatten, hugging_face_name, nest, tensor_shapes
 
+WEIGHTS = "model.safetensors"
 HUGE_PAGE = 2**21  # bytes
 
 
@@ -41,7 +42,7 @@ def save_params(model_dir, params, hparams, end_of_text=None):
     with atomic_write(os.path.join(model_dir, "config.json")) as f:
         f.write((json.dumps(config, indent=2) + "\n").encode("utf-8"))
     tensors = {hugging_face_name(name): tensor for name, tensor in flatten(params, hparams).items()}
-    save_safetensors(os.path.join(model_dir, "model.safetensors"), tensors)
+    save_safetensors(os.path.join(model_dir, WEIGHTS), tensors)
 
 
 def save_safetensors(path, tensors, metadata=None):
