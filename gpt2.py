@@ -135,19 +135,27 @@ def prefill(ids, params, n_head, cache):  # [n_seq] -> [n_vocab]
     return logits[-1]  # [1, n_vocab] -> [n_vocab]
 
 
+def choose(logits, sample):  # [n_vocab] -> one id
+    """Return the token id that sample chooses; raise FloatingPointError if a logit is NaN or infinite."""
+    if not np.all(np.isfinite(logits)):
+        raise FloatingPointError("the logits are not finite")
+    return int(sample(logits))
+
+
 def generate_tokens(inputs, params, n_head, n_tokens_to_generate, sample=np.argmax, stop_id=None):
     """Yield new token ids one by one.
 
     inputs: the prompt, [n_seq] token ids, at least one; not modified.
     sample: function from the logits of the last position, [n_vocab], to a token id; argmax is greedy (see sampling.py).
     stop_id: generation ends when this id is sampled; it is not yielded.
-    Raises ValueError if inputs is empty, or if inputs and the new tokens exceed the context.
+    Raises ValueError if inputs is empty, or if inputs and the new tokens exceed the context; FloatingPointError if the
+    weights are damaged, so that logits are NaN or infinite.
     """
     check_context(len(inputs), n_tokens_to_generate, n_ctx=params["wpe"].shape[0])
     cache = [KVCache(len(inputs) + n_tokens_to_generate) for _ in params["blocks"]]
     new_ids = inputs  # the tokens that are not in the cache yet
     for _ in range(n_tokens_to_generate):
-        next_id = int(sample(prefill(new_ids, params, n_head, cache)))  # [n_vocab] -> one id
+        next_id = choose(prefill(new_ids, params, n_head, cache), sample)  # [n_vocab] -> one id
         if next_id == stop_id:
             return
         yield next_id

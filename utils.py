@@ -13,10 +13,11 @@ import sys
 
 from encoder import END_OF_TEXT, LAYOUTS, get_encoder
 from engines.allocator import keep_freed_memory
-from weights.download import check_space, size_of
+from weights.download import size_of
 from weights.errors import CorruptFile, UserError
 from weights.names import load_hparams, n_params, tensor_shapes
 from weights.releases import CHECKPOINT_FILES, DATA_FILE, N_PARAMS, base_url, fetch_released, is_downloadable
+from weights.resources import check_space
 from weights.safetensors_file import WEIGHTS, load_params, save_params
 from weights.tf_checkpoint import checkpoint_prefix, load_gpt2_params_from_tf_ckpt
 

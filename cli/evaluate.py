@@ -54,9 +54,7 @@ def evaluate(options):
         raise UserError(f"{options.dataset} has {len(ids)} tokens; at least 2 are needed, as the first is not scored")
     loss = total_loss(ids, params, hparams["n_head"], context, stride, options.threads) / n_scored
     if not math.isfinite(loss):
-        raise UserError(
-            f"the loss is {loss}: the weights of {options.model_size} are damaged; download or train it again"
-        )
+        raise FloatingPointError(f"the loss is {loss}")
     scored = encoder.decode(ids[1:])
     nats_per_char = n_scored * loss / len(scored)
     bits_per_byte = n_scored * loss / len(scored.encode("utf-8")) / math.log(2)

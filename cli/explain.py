@@ -32,9 +32,7 @@ def run_explain(options):
         check_page_length(len(ids))
     traced = trace(ids, params, hparams["n_head"], last_only=path is None)
     if not np.all(np.isfinite(traced.logits)):
-        raise UserError(
-            f"the logits of {options.model_size} are not finite: its weights are damaged; download or train it again"
-        )
+        raise FloatingPointError("the logits are not finite")
     predictions = predict_by_layer(traced.hidden, params)
     if path is None:
         print(format_text(encoder, ids, [positions[-1] for positions in predictions]))

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import warnings
 
 from weights.errors import UserError
 
@@ -92,14 +93,15 @@ def exit_code(program, work):
     """Call work() and return its result (None: 0); print an exception as one line and return its exit code."""
     prepare_streams()
     try:
-        return work() or 0
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # damaged weights are an error below
+            return work() or 0
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would print a traceback while Python exits
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         discard_output()
         return EXIT_CLOSED_PIPE
-    except (UserError, OSError, MemoryError) as error:
+    except (UserError, FloatingPointError, OSError, MemoryError) as error:
         print(f"{program}: error: {describe(error)}", file=sys.stderr)
         if (
             isinstance(error, OSError) and error.filename is None
@@ -129,5 +131,7 @@ def describe(error):
     if isinstance(error, OSError):
         return f"cannot write the output: {error.strerror}; make room"
     if isinstance(error, MemoryError):
-        return f"not enough memory ({error}); choose a smaller model or batch"
+        return f"not enough memory{f' ({error})' if str(error) else ''}; choose a smaller model or batch"
+    if isinstance(error, FloatingPointError):
+        return f"{error}: the weights are damaged; download or train the model again"
     return str(error)

@@ -41,7 +41,7 @@ class Row:
 
     def append_token(self, logits):  # [n_vocab]
         """Choose the next token, and set stop_reason if the row is complete."""
-        next_id = int(self.sample(logits))
+        next_id = gpt2.choose(logits, self.sample)
         if next_id == self.stop_id:
             self.stop_reason = "end_of_text"
             return

@@ -151,7 +151,7 @@ class Speculation:
         while len(text) < end:
             n_accepted = 0
             for logits in self.logits_after(new_ids, draft, cache):
-                next_id = int(sample(logits))
+                next_id = gpt2.choose(logits, sample)
                 if next_id == stop_id:
                     return
                 text.append(next_id)

@@ -286,7 +286,7 @@ def test_failed_write_leaves_the_old_file_and_no_other(own, error):
 def test_full_disk_is_noticed_before_the_import(release, monkeypatch):
     set_free_space(monkeypatch, 100_000)
     before = times_of(release)
-    with one_line_error(WEIGHTS, "0.00 GB free", "make room"):
+    with one_line_error(WEIGHTS, "100 kB free", "make room"):
         load(release)
     assert times_of(release) == before
 

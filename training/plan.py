@@ -29,10 +29,10 @@ from training.initialization import gpt2_deviation, initial_tensors
 from training.options import FIXED_OPTIONS, MODEL_OPTIONS, PRESETS, Options, known_fields
 from training.report import LOG, PICTURE, truncate_log
 from utils import load_encoder_hparams_and_params, load_gpt2_encoder
-from weights.download import check_space
 from weights.errors import UserError
 from weights.files import atomic_write
 from weights.names import flatten, load_hparams, n_params, tensor_shapes
+from weights.resources import check_space
 from weights.safetensors_file import WEIGHTS
 
 # Files of a model that is replaced; encoder.json, for example, would be read in place of the new vocab.json.

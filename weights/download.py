@@ -3,10 +3,10 @@
 import contextlib
 import hashlib
 import os
-import shutil
 import time
 
 from weights.errors import UserError
+from weights.resources import check_space
 
 TIMEOUT = (10, 30)  # seconds to connect, seconds between two reads
 ATTEMPTS = 5  # consecutive attempts that bring no new byte
@@ -104,16 +104,6 @@ def finish(url, path, size, sha256):
         os.replace(path + ".part", path + ".corrupt")
         raise UserError(f"{url} arrived corrupt ({found}, not {expected}); run the same command to download it again")
     os.replace(path + ".part", path)
-
-
-def check_space(path, n_bytes):
-    """Raise UserError unless the disk of path has n_bytes of free space."""
-    free = shutil.disk_usage(os.path.dirname(path) or ".").free
-    if n_bytes > free:
-        raise UserError(
-            f"{path} needs {n_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
-            "make room, or choose another --models_dir or --data_dir"
-        )
 
 
 def sha256_of(path):

@@ -5,6 +5,9 @@ import errno
 import json
 import mmap
 import os
+import re
+import secrets
+import stat
 import tempfile
 
 from weights.errors import CorruptFile, UserError
@@ -19,11 +22,30 @@ def decode_utf8(data, source):
         raise UserError(f"{source} is not UTF-8 ({what}); convert it, with iconv for example") from None
 
 
+def open_regular(path):
+    """Open a regular file for reading its bytes; raise CorruptFile for another kind: reading a FIFO would wait."""
+    at_once = getattr(os, "O_NONBLOCK", 0)  # opening a FIFO would wait, too
+    f = open(path, "rb", opener=lambda path, flags: os.open(path, flags | at_once))  # noqa: SIM115 (the caller's)
+    if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
+        f.close()
+        raise CorruptFile(path, "not a regular file")
+    return f
+
+
+def read_text(path):
+    """Return the text of a UTF-8 file; raise CorruptFile for a file that contains anything else."""
+    with open_regular(path) as f:
+        try:
+            return f.read().decode("utf-8")
+        except ValueError as error:
+            raise CorruptFile(path, error) from None
+
+
 def read_json(path):
     """Return the dict in a JSON file; raise CorruptFile if it contains anything else."""
+    text = read_text(path)
     try:
-        with open(path, encoding="utf-8") as f:
-            found = json.load(f)
+        found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CorruptFile(path, error) from None
     if not isinstance(found, dict):
@@ -33,7 +55,7 @@ def read_json(path):
 
 def map_file(path):
     """Return the bytes of a file as a read-only memory map; raise CorruptFile for an empty file."""
-    with open(path, "rb") as f:
+    with open_regular(path) as f:
         try:
             return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError:
@@ -44,17 +66,27 @@ def map_file(path):
 def atomic_write(path, remedy="choose another --models_dir"):
     """Open a binary file that replaces path when the block ends, and is removed if the block raises an exception.
 
-    Raises UserError if writing fails; remedy is what the message suggests besides making room.
+    It is a new file with a random name in the same folder. Raises UserError if writing fails; remedy is what the
+    message suggests besides making room.
     """
+    temporary = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.tmp")
     try:
-        with open(path + ".tmp", "wb") as f:
+        with open(temporary, "xb") as f:
             yield f
-        os.replace(path + ".tmp", path)
+        os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}); make room, or {remedy}") from None
     finally:
         with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
+            os.remove(temporary)
+
+
+def remove_leftovers(folder):
+    """Remove the temporary files of writers that were killed. The caller holds the lock of the folder."""
+    for name in os.listdir(folder):
+        if re.fullmatch(r"\.[0-9a-f]{16}\.tmp", name):
+            with contextlib.suppress(OSError):
+                os.remove(os.path.join(folder, name))
 
 
 def check_writable(path, remedy):

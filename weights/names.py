@@ -78,6 +78,11 @@ def n_params(shapes):
     return sum(math.prod(shape) for shape in shapes.values())
 
 
+def count_params(n_vocab, n_ctx, n_embd, n_head, n_layer):
+    """Return n_params(tensor_shapes(...)), without a list of the tensors, which may be too long."""
+    return (n_vocab + n_ctx + 2) * n_embd + n_layer * (12 * n_embd + 13) * n_embd
+
+
 def hugging_face_name(name):
     """Return Hugging Face's name for a tensor: h0/attn/c_attn/w -> h.0.attn.c_attn.weight."""
     *scopes, leaf = re.sub(r"^h(\d+)/", r"h/\1/", name).split("/")
