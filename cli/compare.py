@@ -23,4 +23,4 @@ def make_parser():
 
 def run(argv=None):
     """Run the command line argv (default: sys.argv[1:]); return the exit code."""
-    return exit_code("official/compare.py", lambda: compare.run(make_parser().parse_args(argv)))
+    return exit_code("official/compare.py", lambda: compare.run(make_parser().parse_args(argv)), argv)

@@ -1,13 +1,16 @@
-"""Compare this GPT-2 with OpenAI's own code on the same weights: token ids, greedy continuations, logits.
+"""Compare this GPT-2 with OpenAI's own code on the same weights: token ids, logits, greedy continuations.
 
 official/README.md describes the comparison, its output and its exit codes. OpenAI's code runs in a separate process
 (theirs.py), on the CPU and from the TensorFlow checkpoint; ours runs from the imported weights.
 """
 
+import contextlib
+import hashlib
 import importlib.util
 import itertools
 import json
 import os
+import pathlib
 import shlex
 import subprocess
 import sys
@@ -18,13 +21,17 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 from tqdm import tqdm
 
-from gpt2 import generate, gpt2
+from gpt2 import generate_tokens, gpt2
 from utils import find_model_dir, load_encoder_hparams_and_params
 from weights.errors import UserError
+from weights.files import open_regular
 from weights.releases import is_downloadable
 from weights.tf_checkpoint import checkpoint_prefix
 
 EXIT_DIFFERENT = 1
+# The tolerance of a logit, as a fraction of the spread at its own position: an average over the positions would let one
+# with a large spread hide the differences at the others.
+TOLERANCE = 2e-4
 URL, COMMIT = "https://github.com/openai/gpt-2", "9b63575ef42771a015060c964af2c3da4cf7c8ab"
 THEIRS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "theirs.py")
 
@@ -41,7 +48,7 @@ PROMPTS = {
     "non-ASCII": "Das Mädchen aß früh — “naïve” Привет, мир; 人工知能 ｶﾅ e\u0301 ½ 🙂👩\u200d🚀\u00a0fin",
     "spacing": "  I'LL  say they'll, don't\t\n\n \r\n 1234567 ...?!  x²  <|endoftext|>   ",
     "code": CODE,
-    "long": "".join(SENTENCE.format(day) for day in range(1, 26)),
+    "long": "".join(SENTENCE.format(day) for day in range(1, 46)),  # cut to fill the context
 }
 
 
@@ -59,14 +66,13 @@ def run(options):
         print_heading(options, theirs[0]["tensorflow"])
         differences = []
         bar = tqdm(prompts.items(), desc="ours", unit="prompt", leave=False, disable=None)
-        for i, (name, prompt) in enumerate(bar):
-            their_logits = np.load(os.path.join(folder, f"{i}.npy"), mmap_mode="r")
-            ours, our_logits = answer(prompt, encoder, hparams, params, options.n_tokens_to_generate)
-            row = (name, *compare(theirs[i], their_logits, ours, our_logits))
+        for (name, prompt), their_answer in zip(bar, theirs, strict=True):
+            our_answer = answer(prompt, their_answer, encoder, params, hparams["n_head"])
+            row, lines = compare(name, their_answer, our_answer, encoder)
             tqdm.write(ROW.format(*row))
-            differences += describe_difference(name, theirs[i], their_logits, ours, our_logits, encoder)
-    print("\nspread: standard deviation of OpenAI's logits over the vocabulary, averaged over the prompt's positions\n")
-    print("\n".join(differences) or "identical")
+            differences += lines
+    print("\nspread: standard deviation of OpenAI's logits over the vocabulary, at the position of the difference\n")
+    print("\n".join(differences) or f"identical token ids; all logits are within {TOLERANCE:.0e} of the spread")
     return EXIT_DIFFERENT if differences else 0
 
 
@@ -88,9 +94,35 @@ def check_checkout(path, clone):
     head = git(["git", "-C", path, "rev-parse", "HEAD"])
     if head != COMMIT:
         run_or_name(f"{path} is at commit {head[:7]}, not {COMMIT[:7]}", [checkout], clone)
-    changed = git(["git", "-C", path, "diff", "--name-only", COMMIT, "--", "src"]).split("\n")[0]
-    if changed:
-        raise UserError(f"{path}: {changed} differs from OpenAI's; run: {join_commands([[*checkout, '--', 'src']])}")
+    check_sources(path)
+
+
+def check_sources(path):
+    """Raise UserError unless path/src has the files of COMMIT, and no other that Python could import.
+
+    The bytes are compared with the hashes in the commit, because git status trusts its index and omits ignored files.
+    """
+    listing = git(["git", "-C", path, "ls-tree", "-r", COMMIT, "src/"])  # lines of "mode blob hash<tab>name"
+    expected = {name: line.split()[2] for line, _, name in (row.partition("\t") for row in listing.splitlines())}
+    src = pathlib.Path(path, "src")
+    found = {
+        file.relative_to(path).as_posix()
+        for file in src.rglob("*")
+        if (file.is_symlink() or not file.is_dir()) and "__pycache__" not in file.relative_to(src).parts
+    }
+    for name in sorted(found | expected.keys()):
+        if name not in expected:
+            raise UserError(f"{path}: {name!r} is not OpenAI's and could be imported in place of a module; remove it")
+        if name not in found or blob_hash(os.path.join(path, name)) != expected[name]:
+            command = ["git", "-C", path, "checkout", "--ignore-skip-worktree-bits", COMMIT, "--", "src"]
+            raise UserError(f"{path}: {name} differs from OpenAI's; run: {join_commands([command])}")
+
+
+def blob_hash(path):
+    """Return git's hash of a text file; git may have converted its line ends on checkout."""
+    with open_regular(path) as f:
+        data = f.read().replace(b"\r\n", b"\n")
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def run_or_name(problem, commands, clone):
@@ -169,7 +201,7 @@ def truncate(text, encoder, n_max):
 
 
 def run_theirs(official_repo, model_dir, prompts, n_new, folder):
-    """Run theirs.py; return its results, one dict per prompt. It saves the logits as folder/0.npy, 1.npy, ..."""
+    """Run theirs.py; return one dict per prompt: "ids", "new_ids", "logits" (mapped from a file in folder)."""
     models_dir, model_name = os.path.split(os.path.abspath(model_dir))
     request = {
         "official_repo": os.path.abspath(official_repo),
@@ -192,14 +224,18 @@ def run_theirs(official_repo, model_dir, prompts, n_new, folder):
             stderr.seek(0)
             message = last_line(stderr.read().decode("utf-8", "replace")) or f"exit status {child.returncode}"
             raise UserError(f"OpenAI's code failed on {model_dir}: {message}")
-    return answers
+    logits = (np.load(os.path.join(folder, f"{i}.npy"), mmap_mode="r") for i in range(len(answers)))
+    return [result | {"logits": array} for result, array in zip(answers, logits, strict=True)]
 
 
-def answer(prompt, encoder, hparams, params, n_new):
-    """Return our result in the form of theirs.py, and the logits of one pass over all ids but the last."""
-    ids = encoder.encode(prompt)
-    new_ids = generate(ids, params, hparams["n_head"], n_new)
-    return {"ids": ids, "new_ids": new_ids}, gpt2(ids + new_ids[:-1], **params, n_head=hparams["n_head"])
+def answer(prompt, theirs, encoder, params, n_head):
+    """Return our results in the form of OpenAI's: the ids of the prompt; new ids and logits, both from OpenAI's ids."""
+    new_ids = []
+    with contextlib.suppress(FloatingPointError):  # logits that are not finite, which compare() reports
+        for new_id in generate_tokens(theirs["ids"], params, n_head, len(theirs["new_ids"])):
+            new_ids.append(new_id)
+    logits = gpt2(theirs["ids"] + theirs["new_ids"], **params, n_head=n_head)
+    return {"ids": encoder.encode(prompt), "new_ids": new_ids, "logits": logits}
 
 
 # The output
@@ -213,16 +249,49 @@ def print_heading(options, tensorflow):
     print(ROW.format("prompt", "tokens", "tokenizer", "greedy ids", "largest difference", "of spread"))
 
 
-def compare(theirs, their_logits, ours, our_logits):
-    """Return the columns after the prompt's name: how many ids agree, and how much the prompt's logits differ."""
+def compare(name, theirs, ours, encoder):
+    """Return a prompt's row of the table, and the lines that describe what differs; no lines if nothing does."""
     n_prompt, n_new = len(theirs["ids"]), len(theirs["new_ids"])
-    if theirs["ids"] != ours["ids"]:
-        return n_prompt, "different", "-", "-", "-"
-    n_same = first_difference(theirs["new_ids"], ours["new_ids"])
-    largest = np.max(np.abs(our_logits[:n_prompt] - their_logits[:n_prompt]))
-    spread = np.mean(np.std(their_logits[:n_prompt], axis=-1))
-    same = f"{n_new if n_same is None else n_same} of {n_new}"
-    return n_prompt, "identical", same, f"{largest:.2e}", f"{largest / spread:.1e}"
+    in_prompt, in_new = (first_difference(theirs[key], ours[key]) for key in ("ids", "new_ids"))
+    position, token, largest, spread = largest_difference(theirs["logits"], ours["logits"])
+    lines = []
+    if in_prompt is not None:
+        their_id, our_id = (format_token(found["ids"][in_prompt:], encoder) for found in (theirs, ours))
+        lines.append(f"token {in_prompt + 1} of the prompt is {their_id} in OpenAI's code, {our_id} in ours")
+    if not largest <= TOLERANCE * spread:  # also if one of them is NaN
+        there = format_token((theirs["ids"] + theirs["new_ids"])[position:], encoder)
+        their_logit, our_logit = (found["logits"][position, token] for found in (theirs, ours))
+        lines.append(
+            f"position {position + 1} of {n_prompt + n_new} (token {there}): the logit of "
+            f"{format_token([token], encoder)} is {their_logit:.6f} in OpenAI's code, {our_logit:.6f} in ours; "
+            f"difference {largest:.2e}, tolerance {TOLERANCE * spread:.2e}"
+        )
+    if in_new is not None:
+        their_choice, our_choice = (format_choice(found, n_prompt, in_new, encoder) for found in (theirs, ours))
+        lines.append(f"generated token {in_new + 1} of {n_new}\n  OpenAI's {their_choice}\n  ours     {our_choice}")
+    tokenizer = "identical" if in_prompt is None else "different"
+    same = f"{n_new if in_new is None else in_new} of {n_new}"
+    row = (name, n_prompt, tokenizer, same, f"{largest:.2e}", f"{largest / spread:.1e}")
+    return row, [f"different: {name}: {line}" for line in lines]
+
+
+def largest_difference(theirs, ours):  # [n_seq, n_vocab], [n_seq, n_vocab] -> one number each
+    """Return where two arrays of logits differ most: the position, the token, the difference and the spread there.
+
+    The spread is the standard deviation of OpenAI's logits over the vocabulary, and the position is the one whose
+    largest difference is the largest multiple of its spread. A logit of either program that is NaN or infinite makes
+    the difference infinite, or the difference or the spread NaN; the first position with NaN is returned.
+    """
+    found = []
+    with np.errstate(invalid="ignore"):  # inf - inf
+        for their_logits, our_logits in zip(theirs, ours, strict=True):  # [n_vocab] each
+            exact = their_logits.astype(np.float64)  # squares of large float32 numbers overflow
+            difference = np.abs(our_logits - exact)
+            token = int(np.argmax(difference))  # the first NaN, if there is one
+            spread = np.maximum(np.std(exact), np.finfo(np.float64).tiny)  # a divisor, so never 0
+            found.append((token, float(difference[token]), float(spread)))
+    position = int(np.argmax([largest / spread for _, largest, spread in found]))
+    return position, *found[position]
 
 
 def first_difference(a, b):
@@ -231,32 +300,18 @@ def first_difference(a, b):
     return next((i for i, (x, y) in pairs if x != y), None)
 
 
-def describe_difference(name, theirs, their_logits, ours, our_logits, encoder):
-    """Return lines about the first token that differs, with the two largest logits of each; none if all are equal."""
-    i = first_difference(theirs["ids"], ours["ids"])
-    if i is not None:
-        their_id, our_id = (format_token(ids[i : i + 1], encoder) for ids in (theirs["ids"], ours["ids"]))
-        return [f"different: {name}: token {i + 1} of the prompt is {their_id} in OpenAI's code, {our_id} in ours"]
-    i = first_difference(theirs["new_ids"], ours["new_ids"])
-    if i is None:
-        return []
-    row = len(ours["ids"]) - 1 + i  # of the logits from which new id i was chosen
-    return [
-        f"different: {name}: generated token {i + 1} of {len(theirs['new_ids'])}",
-        f"  OpenAI's {format_choice(theirs['new_ids'][i], their_logits[row], encoder)}",
-        f"  ours     {format_choice(ours['new_ids'][i], our_logits[row], encoder)}",
-    ]
-
-
-def format_choice(chosen, logits, encoder):
+def format_choice(found, n_prompt, i, encoder):
+    """Return which token a program generated as new token i, and the two largest logits from which it chose."""
+    logits = found["logits"][n_prompt - 1 + i]
     first, second = np.argsort(-logits, kind="stable")[:2].tolist()
-    top = ", ".join(f"{format_token([i], encoder)} {logits[i]:.6f}" for i in (first, second))
-    return f"chose {format_token([chosen], encoder)}; largest logits: {top}; gap {logits[first] - logits[second]:.2e}"
+    top = ", ".join(f"{format_token([token], encoder)} {logits[token]:.6f}" for token in (first, second))
+    chosen = format_token(found["new_ids"][i:], encoder)
+    return f"chose {chosen}; largest logits: {top}; gap {logits[first] - logits[second]:.2e}"
 
 
 def format_token(ids, encoder):
-    """Return the id and the text, in ASCII, of the token in a list of one; "nothing" for an empty list."""
-    return f"{ids[0]} {encoder.decode(ids)!a}" if ids else "nothing"
+    """Return the id and the text, in ASCII, of the first token of a list; "nothing" for an empty list."""
+    return f"{ids[0]} {encoder.decode(ids[:1])!a}" if ids else "nothing"
 
 
 if __name__ == "__main__":

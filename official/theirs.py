@@ -43,10 +43,11 @@ def import_tensorflow_1():
 def answer_all(official_repo, models_dir, model_name, prompts, n_tokens_to_generate, logits_dir):
     """Yield for each prompt a dict of its token ids ("ids") and those of its greedy continuation ("new_ids").
 
-    Save the logits of one pass over both, [n_prompt + n_new - 1, n_vocab], as logits_dir/0.npy, 1.npy, ...
+    Save the logits of one pass over both, [n_prompt + n_new, n_vocab], as logits_dir/0.npy, 1.npy, ...
     """
     tf = import_tensorflow_1()
     sys.path.insert(0, os.path.join(official_repo, "src"))
+    sys.pycache_prefix = logits_dir  # compile OpenAI's sources, whatever is in their __pycache__
     import model
     import sample
 
@@ -67,7 +68,7 @@ def answer_all(official_repo, models_dir, model_name, prompts, n_tokens_to_gener
         for i, prompt in enumerate(prompts):
             ids = codec.encode(prompt)
             all_ids = session.run(output, {context: [ids]})[0].tolist()
-            np.save(os.path.join(logits_dir, f"{i}.npy"), session.run(logits, {context: [all_ids[:-1]]})[0])
+            np.save(os.path.join(logits_dir, f"{i}.npy"), session.run(logits, {context: [all_ids]})[0])
             yield {"ids": ids, "new_ids": all_ids[len(ids) :], "tensorflow": tf.__version__}
 
 
