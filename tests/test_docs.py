@@ -15,6 +15,7 @@ import sys
 
 import pytest
 
+from encoder import get_encoder
 from tests.conftest import DATA, ROOT, need
 from tests.test_layout import FOLDERS
 
@@ -64,6 +65,14 @@ def test_the_examples_of_reading_are_true(monkeypatch):
     runner = doctest.DocTestRunner(checker)
     runner.run(doctest.DocTestParser().get_doctest(READING, {}, "reading.md", None, 0))
     assert runner.failures == 0 and runner.tries > 20
+
+
+def test_reading_names_its_sources_and_gpt2s_ids_of_its_example():
+    for source in ("GPT in 60 Lines of NumPy", "microGPT", "BabyGPT", "finite-state Markov chain"):
+        assert source in READING.partition("\n| | file")[0]
+    text, ids = re.search(r'With GPT-2\'s 50,257, "([^"]*)" is 8 tokens,\n`([0-9 ]*)`', READING).groups()
+    need(DATA / "gpt2" / "vocab.bpe")
+    assert get_encoder("gpt2", str(DATA)).encode(text) == [int(i) for i in ids.split()]
 
 
 def commands():

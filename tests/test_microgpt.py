@@ -4,16 +4,19 @@ Published are the number of names, tokens and parameters. The losses and samples
 3.11 with its seed, 42, on makemore's names.txt.
 """
 
+import errno
 import functools
 import hashlib
 import math
 import os
+import pathlib
 import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import scipy.stats
@@ -58,17 +61,17 @@ def run(tmp_path, capsys, monkeypatch):
 
 
 def losses_of(lines):
-    return [float(line.partition("| loss ")[2]) for line in lines]
+    return [float(line.partition(": loss ")[2]) for line in lines]
 
 
 def test_first_losses_are_the_published_ones():
     names = need(DATA / "names.txt")
     assert hashlib.sha256(names.read_bytes()).hexdigest() == microgpt.SHA256
     with started([*COMMAND, "--data", str(names)]) as process:
-        lines = [next(process.stdout).decode().rstrip("\n") for _ in range(3 + 10)]
-    assert lines[:3] == ["num docs: 32033", "vocab size: 27", "num params: 4192"]
-    assert [line.partition(" | ")[0] for line in lines[3:]] == [f"step {step:4d} / 1000" for step in range(1, 11)]
-    assert losses_of(lines[3:]) == pytest.approx([float(loss) for loss in LOSSES.split()], rel=0, abs=1e-9)
+        lines = [next(process.stdout).decode().rstrip("\n") for _ in range(1 + 10)]
+    assert lines[0] == "32033 documents, 27 different tokens, 4192 parameters"
+    assert [line.partition(": ")[0] for line in lines[1:]] == [f"step {step} of 1000" for step in range(1, 11)]
+    assert losses_of(lines[1:]) == pytest.approx([float(loss) for loss in LOSSES.split()], rel=0, abs=1e-9)
 
 
 @pytest.mark.full_size
@@ -77,9 +80,9 @@ def test_whole_run_equals_the_original(tmp_path):
     shutil.copy(need(DATA / "names.txt"), tmp_path / "data")
     done = subprocess.run(COMMAND, capture_output=True, encoding="utf-8", timeout=SECONDS, check=True, cwd=tmp_path)
     lines = done.stdout.splitlines()
-    assert (done.stderr, len(lines)) == ("", 3 + 1000 + 20)
-    assert losses_of(lines[1002:1003]) == pytest.approx([2.6496944697], rel=0, abs=1e-9)
-    assert [line.partition(": ")[2] for line in lines[1003:]] == SAMPLES.split()
+    assert (done.stderr, len(lines)) == ("", 1 + 1000 + 20)
+    assert losses_of(lines[1000:1001]) == pytest.approx([2.6496944697], rel=0, abs=1e-9)
+    assert [line.partition(". ")[2] for line in lines[1001:]] == SAMPLES.split()
 
 
 def test_a_graph_may_be_deeper_than_the_recursion_limit():
@@ -169,7 +172,7 @@ def test_a_sample_ends_at_bos_or_when_the_context_is_full(monkeypatch, logits, t
 
 def test_a_seed_repeats_a_run(run):
     first, again, other = (run(f"--data text.txt --steps 2 --n_samples 3 --seed {seed}") for seed in (7, 7, 8))
-    assert (first[0], first[2], len(first[1].splitlines())) == (0, "", 3 + 2 + 3)
+    assert (first[0], first[2], len(first[1].splitlines())) == (0, "", 1 + 2 + 3)
     assert first[1] == again[1] != other[1]
 
 
@@ -182,12 +185,16 @@ def test_a_seed_repeats_a_run(run):
         ("--temperature inf", "--temperature inf"),
         ("--data nowhere.txt", "nowhere.txt: [Errno 2] No such file"),
         ("--data blank.txt", "the file has no text"),
+        ("--data .", ".: not a regular file"),
+        ("--data large", "at most 64 MiB"),
         ("--data latin1.txt", "latin1.txt: 'utf-8' codec can't decode byte 0xe9 in position 3"),
     ],
 )
 def test_mistakes(run, tmp_path, arguments, said):
     (tmp_path / "blank.txt").write_bytes(b" \n\r\n\t\n")
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", 2**26 + 1)
     assert_error(run(arguments), said)
 
 
@@ -199,8 +206,9 @@ def test_documents(monkeypatch, run, tmp_path):
     code, out, err = run("--data text.txt --steps 3 --n_samples 2")
     assert sorted(found, key=len) == [[4, 2, 4], [4, 2, 0, 3, 4], [4] + [1] * microgpt.N_CTX]
     lines = out.splitlines()
-    assert (code, err, len(lines), lines[:2]) == (0, "", 3 + 3 + 2, ["num docs: 3", "vocab size: 5"])
-    assert all(map(math.isfinite, losses_of(lines[3:6])))
+    assert (code, err, len(lines)) == (0, "", 1 + 3 + 2)
+    assert lines[0].startswith("3 documents, 5 different tokens, ")
+    assert all(map(math.isfinite, losses_of(lines[1:4])))
 
 
 def test_check_gradients(monkeypatch, run, tmp_path):
@@ -208,11 +216,11 @@ def test_check_gradients(monkeypatch, run, tmp_path):
     (tmp_path / "text.txt").write_text("ab", encoding="utf-8")
     monkeypatch.setattr(microgpt, "N_EMBD", 8)
     code, out, err = run("--data text.txt --check_gradients")
-    rows = [line.split() for line in out.splitlines()[3:-1]]
+    rows = [line.split() for line in out.splitlines()[1:-1]]
     assert (code, err, [row[0] for row in rows]) == (0, "", [name for name in microgpt.new_model(2) for _ in range(3)])
     assert all(float(row[2]) == pytest.approx(float(row[4]), rel=1e-5) and float(row[2]) != 0 for row in rows)
     for wrong in (1.001, 0.0, math.nan):
-        monkeypatch.setattr(Value, "log", lambda v, wrong=wrong: Value(math.log(v.data), (v,), (wrong / v.data,)))
+        monkeypatch.setattr(microgpt, "log", microgpt.differentiable(math.log, lambda x, wrong=wrong: wrong / x))
         assert run("--data text.txt --check_gradients")[0] == 1
 
 
@@ -220,7 +228,7 @@ def test_letters_that_the_terminal_lacks(tmp_path):
     (tmp_path / "text.txt").write_text("ñ\n" * 3, encoding="utf-8")
     ascii_only = {"env": os.environ | {"PYTHONIOENCODING": "ascii"}}
     code, out, _ = programs.run("--steps", "1", "--data", tmp_path / "text.txt", script="microgpt.py", **ascii_only)
-    assert code == 0 and b"sample 20:" in out and b"?" in out
+    assert code == 0 and b"\n20. " in out and b"?" in out
 
 
 @pytest.mark.parametrize(("stop", "code"), [("interrupt", 130), ("close", 141)])
@@ -246,7 +254,7 @@ def source(monkeypatch, tmp_path_factory):
 
 def test_names_are_downloaded_once_and_checked(source, run, tmp_path):
     for _ in range(2):
-        assert run("--steps 1 --n_samples 1")[1].startswith("num docs: 5\n")
+        assert run("--steps 1 --n_samples 1")[1].startswith("5 documents, ")
         source.unlink(missing_ok=True)
     names = tmp_path / "data" / "names.txt"
     assert [*names.parent.iterdir()] == [names] and names.read_text(encoding="utf-8") == TEXT
@@ -263,9 +271,40 @@ def test_a_failed_download_leaves_no_file(source, run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
-def test_the_file_is_short_and_needs_no_package():
+def test_a_download_neither_follows_a_link_nor_leaves_a_temporary_file(source, run, tmp_path, monkeypatch):
+    theirs, link = tmp_path / "theirs", tmp_path / "data" / "names.tmp"
+    theirs.write_text("theirs", encoding="utf-8")
+    link.parent.mkdir()
+    link.symlink_to(theirs)
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "replace", Mock(side_effect=OSError(errno.ENOSPC, "No space left")))
+        assert_error(run("--steps 1"), "data/names.txt: ", "No space left")
+        assert [*link.parent.iterdir()] == [link]
+    assert run("--steps 1 --n_samples 1")[0] == 0
+    assert {*link.parent.iterdir()} == {link, tmp_path / "data" / "names.txt"}
+    assert link.is_symlink() and theirs.read_text(encoding="utf-8") == "theirs"
+
+
+def test_a_fifo_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    result = programs.run("--data", tmp_path / "fifo", script="microgpt.py")
+    assert_mistake(result, "fifo: not a regular file", script="microgpt.py")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("arguments", [["--steps", "1"], ["--check_gradients"]])
+def test_a_full_disk_is_an_error_in_one_line(tmp_path, arguments):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    with open("/dev/full", "wb") as full:
+        streams = {"capture_output": False, "stdout": full, "stderr": subprocess.PIPE}
+        code, _, err = programs.run("--data", tmp_path / "text.txt", *arguments, script="microgpt.py", **streams)
+    assert_mistake((code, b"", err), "No space left", script="microgpt.py")
+
+
+def test_the_file_is_as_short_as_the_documents_say_and_needs_no_package():
     source = (ROOT / "microgpt.py").read_text(encoding="utf-8")
-    assert source.count("\n") <= 200
+    assert source.count("\n") == 200 and "Karpathy" in source.partition("\n")[0]
+    assert "in pure Python, 200 lines:" in (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     imported = set(re.findall(r"^\s*(?:import|from) (\w+|\.)", source, flags=re.MULTILINE))
     assert "urllib" in imported and imported <= sys.stdlib_module_names
 

@@ -1,12 +1,16 @@
 """gpt2_pico.py prints what gpt2.py prints."""
 
+import ast
 import runpy
+import shutil
 import sys
 
+import numpy as np
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TINY
 from tests.programs import assert_mistake, assert_prints, run
+from tests.random_model import write_safetensors
 from tests.test_cli import TWELVE
 
 
@@ -65,3 +69,19 @@ def test_a_missing_prompt_is_an_error(pico):
     code, out, err = pico()
     assert (code, out) == (2, b"")
     assert b"required argument: prompt" in err and b"Traceback" not in err
+
+
+@pytest.mark.parametrize("damage", [np.nan, np.inf])
+def test_damaged_weights_are_an_error(pico, tmp_path, vocabulary_dir, tiny_tensors, damage):
+    folder = shutil.copytree(vocabulary_dir, tmp_path / "damaged")
+    tensors = tiny_tensors | {"h1/attn/c_proj/b": tiny_tensors["h1/attn/c_proj/b"] * np.float32(damage)}
+    write_safetensors(str(folder), TINY, tensors)
+    result = pico("Hello", "--model_size", "damaged", "--models_dir", str(tmp_path))
+    assert_mistake(result, "the weights are damaged", script="gpt2_pico.py")
+
+
+def test_the_file_is_as_short_as_the_documents_say():
+    source = (ROOT / "gpt2_pico.py").read_text(encoding="utf-8")
+    assert source.count("\n") == 60 and "Jay Mody" in ast.get_docstring(ast.parse(source))
+    readme, cli = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/cli.md"))
+    assert (readme.count("in 60 lines"), cli.count("of 60 lines")) == (2, 1)
