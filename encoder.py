@@ -16,11 +16,12 @@ from itertools import pairwise
 
 import regex
 
-from weights.errors import CorruptFile, UserError
-from weights.files import atomic_write, read_json
+from weights.errors import CorruptFile, UserError, quote
+from weights.files import atomic_write, read_json, read_text
 
 PATTERN = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 END_OF_TEXT = "<|endoftext|>"
+SPECIAL = regex.compile(r"<[^<>]+>|\[[^\[\]]+\]")  # names of special tokens: <|endoftext|>, <s>, <pad>, [PAD]
 CACHED_WORDS, CACHED_LENGTH = 2**16, 32  # up to CACHED_WORDS words of at most CACHED_LENGTH characters are cached
 # the files of a vocabulary: OpenAI's, Hugging Face's, and Hugging Face's since transformers 5
 LAYOUTS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("tokenizer.json",))
@@ -121,8 +122,8 @@ class Encoder:
         symbol = self.decoder.get(int(token_id), "\N{REPLACEMENT CHARACTER}")
         try:
             return bytes(self.byte_decoder[c] for c in symbol)
-        except KeyError:  # a special token whose name has other characters
-            return symbol.encode("utf-8")
+        except KeyError:  # a special token whose name has other characters, perhaps lone surrogates
+            return symbol.encode("utf-8", "surrogatepass")
 
     def decode_stream(self, ids):
         """Yield the text of each id in turn; a character appears with the token that completes its bytes."""
@@ -191,7 +192,7 @@ def learn_merges(text, vocab_size):
 def get_encoder(model_name, models_dir):
     """Return the Encoder of a model folder, read from the first complete entry of LAYOUTS.
 
-    Raises UserError if there is none, CorruptFile if a file cannot be parsed.
+    Raises UserError if there is none, CorruptFile if a file cannot be parsed or lacks tokens or merges.
     """
     model_dir = os.path.join(models_dir, model_name)
     for names in LAYOUTS:
@@ -205,41 +206,77 @@ def get_encoder(model_name, models_dir):
 def read_tokenizer(path):
     """Return the Encoder of a tokenizer.json. Raises UserError unless it is a byte-level BPE like GPT-2's."""
     tokenizer = read_json(path)
-    model, pre = tokenizer.get("model") or {}, tokenizer.get("pre_tokenizer") or {}
-    if (model.get("type"), pre.get("type"), pre.get("add_prefix_space", False)) != ("BPE", "ByteLevel", False):
-        raise UserError(f"{path} is not a byte-level BPE like GPT-2's; only that can be read: choose a GPT-2 model")
-    try:  # older versions of tokenizers write a merge as a line, newer ones as a pair
+    try:
+        model, pre = tokenizer.get("model") or {}, tokenizer.get("pre_tokenizer") or {}
+        kind = (model.get("type"), pre.get("type"), pre.get("add_prefix_space", False), pre.get("use_regex", True))
+        if (*kind, tokenizer.get("normalizer")) != ("BPE", "ByteLevel", False, True, None):
+            raise UserError(f"{path} is not a byte-level BPE like GPT-2's; only that can be read: choose a GPT-2 model")
+        # older versions of tokenizers write a merge as a line, newer ones as a pair
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
         added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-        return Encoder(check_ids(path, model["vocab"] | added), merges)
-    except (LookupError, TypeError) as error:
-        raise CorruptFile(path, f"no vocabulary in it: {error}") from None
+        vocabulary = check_tokens(path, model["vocab"] | added)
+        "".join(vocabulary)  # symbols are strings
+    except (LookupError, TypeError, AttributeError):
+        raise CorruptFile(path, "its model, pre_tokenizer or added_tokens is not one of a byte-level BPE") from None
+    return new_encoder(path, vocabulary, path, check_merges(path, merges), added)
 
 
 def read_vocabulary_and_merges(vocabulary_path, merges_path):
-    return Encoder(check_ids(vocabulary_path, read_json(vocabulary_path)), read_merges(merges_path))
+    return new_encoder(vocabulary_path, read_vocabulary(vocabulary_path), merges_path, read_merges(merges_path))
 
 
-def check_ids(path, vocabulary):
-    """Return the vocabulary read from path. Raises CorruptFile unless every id is an integer from 0."""
-    wrong = next((symbol for symbol, i in vocabulary.items() if type(i) is not int or i < 0), None)
+def read_vocabulary(path):
+    """Return the dict from symbol to id in encoder.json or vocab.json. Raises CorruptFile for any other file."""
+    return check_tokens(path, read_json(path))
+
+
+def check_tokens(path, vocabulary):
+    """Return the vocabulary read from path. Raises CorruptFile unless it has valid ids and the 256 byte symbols."""
+    wrong = next((symbol for symbol, i in vocabulary.items() if type(i) is not int or not 0 <= i < 2**31), None)
     if wrong is not None:
-        raise CorruptFile(path, f"the id of {wrong[:40]!r} is {vocabulary[wrong]!r}")
+        raise CorruptFile(path, f"the id of {quote(wrong)} is {quote(vocabulary[wrong])}")
+    if lacking := [symbol for symbol in bytes_to_unicode().values() if symbol not in vocabulary]:
+        raise CorruptFile(path, f"{len(lacking)} of the 256 byte symbols are not tokens, the first is {lacking[0]!r}")
     return vocabulary
 
 
 def read_merges(path):
     """Return the lines of vocab.bpe or merges.txt, without the version. Raises CorruptFile unless each is a pair."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            lines = f.read().rstrip("\n").split("\n")
-    except ValueError as error:
-        raise CorruptFile(path, error) from None
-    merges = lines[1:] if lines[0].startswith("#version") else lines
+    lines = read_text(path).replace("\r\n", "\n").rstrip("\n").split("\n")
+    return check_merges(path, lines[1:] if lines[0].startswith("#version") else lines)
+
+
+def check_merges(path, merges):
+    """Return the merges read from path. Raises CorruptFile unless each is a pair of symbols."""
     wrong = next((merge for merge in merges if merge.count(" ") != 1), None)
     if wrong is not None:
-        raise CorruptFile(path, f"not two symbols: {wrong[:40]!r}")
+        raise CorruptFile(path, f"not two symbols: {quote(wrong)}")
     return merges
+
+
+def new_encoder(vocabulary_path, vocabulary, merges_path, merges, special=()):
+    """Return the Encoder of a vocabulary and its merges.
+
+    Raises CorruptFile unless the tokens are the byte symbols, the results of the merges and special tokens, which are
+    those in `special` and those whose names match SPECIAL, and unless ids and merges are unique.
+    """
+    encoder, names = Encoder(vocabulary, merges), (os.path.basename(vocabulary_path), os.path.basename(merges_path))
+    if len(encoder.decoder) < len(vocabulary):
+        twice = next(i for symbol, i in vocabulary.items() if encoder.decoder[i] != symbol)
+        raise CorruptFile(vocabulary_path, f"two tokens have the id {twice}, one is {quote(encoder.decoder[twice])}")
+    regular = {vocabulary.get(merge.replace(" ", "")) for merge in merges}  # ids
+    regular.update(vocabulary[symbol] for symbol in encoder.byte_decoder)
+    others = [symbol for symbol, i in vocabulary.items() if i not in regular]
+    if unknown := [symbol for symbol in others if symbol not in special and not SPECIAL.fullmatch(symbol)]:
+        what = f"{len(unknown)} of {len(vocabulary)} tokens of {names[0]} are not the result of a merge"
+        raise CorruptFile(merges_path, f"{what}, the first is {quote(unknown[0])}")
+    if None in regular:
+        lacking = [merge for merge in merges if merge.replace(" ", "") not in vocabulary]
+        what = f"it lacks the results of {len(lacking)} of {len(merges)} merges of {names[1]}"
+        raise CorruptFile(vocabulary_path, f"{what}, the first is {quote(lacking[0])}")
+    if n_twice := len(merges) - len(encoder.ranks):
+        raise CorruptFile(merges_path, f"{n_twice} of {len(merges)} merges occur a second time")
+    return encoder
 
 
 def save_encoder(encoder, model_dir):

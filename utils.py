@@ -7,19 +7,22 @@ Importing OpenAI's checkpoint writes model.safetensors and config.json next to i
 """
 
 import contextlib
+import functools
 import os
 import re
 import sys
 
-from encoder import END_OF_TEXT, LAYOUTS, get_encoder
+from encoder import END_OF_TEXT, LAYOUTS, get_encoder, read_merges, read_vocabulary
 from engines.allocator import keep_freed_memory
 from weights.download import size_of
-from weights.errors import CorruptFile, UserError
-from weights.names import load_hparams, n_params, tensor_shapes
-from weights.releases import CHECKPOINT_FILES, DATA_FILE, N_PARAMS, base_url, fetch_released, is_downloadable
+from weights.errors import CorruptFile, Mismatch, UserError
+from weights.files import read_text, remove_leftovers
+from weights.lock import hold_lock, new_folder
+from weights.names import count_params, load_hparams, read_hparams
+from weights.releases import CHECKPOINT_FILES, DATA_FILE, HPARAMS, N_PARAMS, base_url, fetch_released, is_downloadable
 from weights.resources import check_space
 from weights.safetensors_file import WEIGHTS, load_params, save_params
-from weights.tf_checkpoint import checkpoint_prefix, load_gpt2_params_from_tf_ckpt
+from weights.tf_checkpoint import checkpoint_prefix, load_gpt2_params_from_tf_ckpt, read_index, read_prefix
 
 
 def load_encoder_hparams_and_params(model_size, models_dir):
@@ -30,23 +33,32 @@ def load_encoder_hparams_and_params(model_size, models_dir):
     downloaded or imported first. Raises UserError for a file that is missing, corrupt or of another model.
     """
     model_dir = find_model_dir(model_size, models_dir)
-    with quarantine(model_size, model_dir):
+
+    def load():
         prepare_model(model_size, model_dir, models_dir)
         encoder, hparams = get_encoder(model_size, models_dir), load_hparams(model_dir)
         check_vocabulary(encoder, hparams, model_dir)
-        params = load_params(os.path.join(model_dir, WEIGHTS), hparams)
+        return encoder, hparams, load_params(os.path.join(model_dir, WEIGHTS), hparams)
+
+    loaded = load_and_repair(load, model_size, model_dir)
     keep_freed_memory()
-    return encoder, hparams, params
+    return loaded
 
 
 def load_gpt2_encoder(models_dir):
     """Return GPT-2's own tokenizer, that of models_dir/124M; its files are downloaded if they are missing."""
     model_dir = find_model_dir("124M", models_dir)
-    if missing := [name for name in missing_files(model_dir) if name in LAYOUTS[0]]:
-        os.makedirs(model_dir, exist_ok=True)
-        for name in missing:
-            fetch_released("124M", model_dir, name)
-    return get_encoder("124M", models_dir)
+
+    def missing():
+        return [name for name in missing_files(model_dir) if name in LAYOUTS[0]]
+
+    def load():
+        if missing():
+            with locked_folder(model_dir, models_dir):
+                download_files("124M", model_dir, missing())
+        return get_encoder("124M", models_dir)
+
+    return load_and_repair(load, "124M", model_dir)
 
 
 # Checks
@@ -62,7 +74,9 @@ def find_model_dir(model_size, models_dir):
         raise UserError(f"model_size {model_size!r} does not name a folder under {models_dir}; try 124M")
     model_dir = os.path.join(models_dir, *parts)
     if not os.path.isdir(model_dir) and not is_downloadable(model_size):
-        local = sorted(set(os.listdir(models_dir)) - set(N_PARAMS)) if os.path.isdir(models_dir) else []
+        if not os.path.isdir(models_dir):
+            raise UserError(f"{models_dir} is not a folder, {model_size!r} cannot be in it; correct --models_dir")
+        local = sorted(set(os.listdir(models_dir)) - set(N_PARAMS))
         folders = [name for name in local if os.path.isdir(os.path.join(models_dir, name))]
         raise UserError(f"unknown model size {model_size!r}; choose from {', '.join([*N_PARAMS, *folders])}")
     return model_dir
@@ -85,32 +99,93 @@ def missing_files(model_dir):
 
 
 def check_vocabulary(encoder, hparams, model_dir):
-    """Raise UserError if the vocabulary has ids that the model does not have."""
+    """Raise Mismatch if the vocabulary has ids that the model does not have."""
     largest = max(encoder.decoder, default=0)
     if largest >= hparams["n_vocab"]:
-        raise UserError(
+        raise Mismatch(
+            os.path.join(model_dir, LAYOUTS[0][0]),
             f"{model_dir}: the vocabulary has ids up to {largest}, but the model has n_vocab = {hparams['n_vocab']}; "
-            "they belong to different models: put the right vocabulary there"
+            "they belong to different models: put the right vocabulary there",
         )
 
 
-@contextlib.contextmanager
-def quarantine(model_size, model_dir):
-    """Rename a corrupt file to *.corrupt if the next run can download or import it again."""
-    try:
-        yield
-    except CorruptFile as error:
-        is_imported = error.path.endswith(WEIGHTS) and checkpoint_prefix(model_dir)
-        if not (is_imported or is_downloadable(model_size)):
-            raise
+# Corrupt files
+
+
+def check_file(model_size, name, path):
+    """Raise CorruptFile if the file in path cannot be the file `name` of the model."""
+    readers = {"encoder.json": read_vocabulary, "vocab.bpe": read_merges, "model.ckpt.index": read_index}
+    if name in readers:
+        readers[name](path)
+    if name == "vocab.bpe" and not read_text(path).startswith("#version"):
+        raise CorruptFile(path, "it does not begin with #version")
+    if name == "hparams.json" and read_hparams(path) != HPARAMS.get(model_size, read_hparams(path)):
+        raise CorruptFile(path, f"not the hyperparameters of {model_size}")
+    if name == "checkpoint" and read_prefix(path) != "model.ckpt":
+        raise CorruptFile(path, "it does not name model.ckpt")
+
+
+def load_and_repair(load, model_size, model_dir):
+    """Return load(). If it finds a corrupt file that can be downloaded or imported again, replace that and load again.
+
+    The corrupt file is kept as *.corrupt, or stays where it is if the download fails. Raises UserError if the second
+    call finds a corrupt file, too, and CorruptFile for a file of the user's own.
+    """
+    renamed = []
+    for is_last in (False, True):
         try:
-            os.replace(error.path, error.path + ".corrupt")
-        except OSError:
-            raise error from None
-        raise UserError(
-            f"{error.path} is corrupt ({error.reason}); it is set aside under {os.path.basename(error.path)}.corrupt: "
-            "run the same command again to replace it"
-        ) from None
+            return load()
+        except CorruptFile as error:
+            renamed = set_aside(model_dir, suspects(error, model_size, model_dir))
+            if not renamed:
+                raise
+            fault = str(error).rpartition("; ")[0]  # without the remedy
+        except UserError:
+            put_back(model_dir, renamed)
+            raise
+        if is_last:
+            kept = ", ".join(f"{name}.corrupt" for name in renamed)
+            raise UserError(f"{fault}; kept as {kept}: run the same command again to replace it")
+        say(f"{fault}; replacing {', '.join(renamed)}")
+
+
+def suspects(error, model_size, model_dir):
+    """Return the names of the files that may have caused a CorruptFile, if they can be downloaded or imported again.
+
+    A folder with a vocabulary in Hugging Face's layout was not downloaded: the user put or trained it there.
+    """
+    name, vocabulary = os.path.basename(error.path), LAYOUTS[0]
+    others = [other for layout in LAYOUTS[1:] for other in layout if os.path.exists(os.path.join(model_dir, other))]
+    is_downloaded = is_downloadable(model_size) and not others
+    if name == WEIGHTS:
+        can_replace = (is_downloaded or checkpoint_prefix(model_dir)) and not isinstance(error, Mismatch)
+        return [WEIGHTS] if can_replace else []
+    if not is_downloaded:
+        return []
+    try:
+        check_file(model_size, name, error.path)
+    except UserError:
+        return [name]
+    # the file is valid, but does not match the others; any of them may be the wrong one
+    return ["hparams.json", *vocabulary] if name in vocabulary else ["hparams.json", *CHECKPOINT_FILES[:-1], name]
+
+
+def set_aside(model_dir, names):
+    """Rename files to *.corrupt; return the names of those that exist."""
+    renamed = []
+    for path in [os.path.join(model_dir, name) for name in names]:
+        with contextlib.suppress(OSError):
+            os.replace(path, path + ".corrupt")
+            renamed.append(os.path.basename(path))
+    return renamed
+
+
+def put_back(model_dir, renamed):
+    """Undo set_aside() for the files that have not been replaced."""
+    for path in [os.path.join(model_dir, name) for name in renamed]:
+        if not os.path.exists(path):
+            with contextlib.suppress(OSError):
+                os.replace(path + ".corrupt", path)
 
 
 # The first run
@@ -127,45 +202,34 @@ def prepare_model(model_size, model_dir, models_dir):
             "(model.safetensors in one piece, config.json, vocab.json and merges.txt or tokenizer.json)"
         )
     with locked_folder(model_dir, models_dir):
-        if missing_files(model_dir):
-            download_gpt2_files(model_size, model_dir)
+        download_files(model_size, model_dir, missing_files(model_dir))
         if not os.path.exists(weights):
             import_checkpoint(model_size, model_dir, models_dir)
 
 
 @contextlib.contextmanager
 def locked_folder(model_dir, models_dir):
-    """Create model_dir if necessary and hold the inter-process lock of models_dir."""
-    from filelock import FileLock, Timeout
-
-    try:
-        os.makedirs(models_dir, exist_ok=True)
-        lock = FileLock(os.path.join(models_dir, ".lock"))
+    """Hold the inter-process lock of models_dir; create model_dir if necessary, and remove it if it stays empty."""
+    with contextlib.ExitStack() as stack:
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            say(f"waiting for another process that is preparing a model in {models_dir}")
-            lock.acquire()
-        os.makedirs(model_dir, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {models_dir} ({error.strerror}); choose another --models_dir") from None
-    try:
+            waiting = f"waiting for another process that is preparing a model in {models_dir}"
+            stack.enter_context(hold_lock(os.path.join(models_dir, ".lock"), lambda: say(waiting)))
+            stack.enter_context(new_folder(model_dir))
+        except OSError as error:
+            raise UserError(f"cannot write to {models_dir} ({error.strerror}); choose another --models_dir") from None
+        remove_leftovers(model_dir)
         yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.removedirs(model_dir)  # if it is still empty
-        lock.release()
 
 
-def download_gpt2_files(model_size, model_dir):
-    """Download the files that model_dir lacks; raise UserError if one is not available or not the published one."""
-    say(f"downloading {model_size} from {base_url()} to {model_dir}")
-    missing = missing_files(model_dir)
-    if DATA_FILE in missing:
+def download_files(model_size, model_dir, names):
+    """Download these files of a model; raise UserError if one is not available or not the published one."""
+    if names:
+        say(f"downloading {model_size} from {base_url()} to {model_dir}")
+    if DATA_FILE in names:
         path = os.path.join(model_dir, DATA_FILE)
         check_space(path, 2 * 4 * N_PARAMS.get(model_size, 0) - size_of(path + ".part"))  # also for its import
-    for name in missing:
-        fetch_released(model_size, model_dir, name)
+    for name in names:
+        fetch_released(model_size, model_dir, name, functools.partial(check_file, model_size, name))
 
 
 def import_checkpoint(model_size, model_dir, models_dir):
@@ -174,9 +238,11 @@ def import_checkpoint(model_size, model_dir, models_dir):
     prefix = checkpoint_prefix(model_dir)
     if not prefix:
         raise CorruptFile(os.path.join(model_dir, "checkpoint"), "it names no checkpoint in this folder")
-    hparams, end_of_text = load_hparams(model_dir), get_encoder(model_size, models_dir).encoder.get(END_OF_TEXT)
-    check_space(os.path.join(model_dir, WEIGHTS), 4 * n_params(tensor_shapes(**hparams)))
-    save_params(model_dir, load_gpt2_params_from_tf_ckpt(prefix, hparams), hparams, end_of_text)
+    encoder, hparams = get_encoder(model_size, models_dir), load_hparams(model_dir)
+    check_vocabulary(encoder, hparams, model_dir)
+    params = load_gpt2_params_from_tf_ckpt(prefix, hparams)
+    check_space(os.path.join(model_dir, WEIGHTS), 4 * count_params(**hparams))
+    save_params(model_dir, params, hparams, encoder.encoder.get(END_OF_TEXT))
 
 
 def say(message):

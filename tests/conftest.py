@@ -53,7 +53,7 @@ N_NEW = 24  # tokens that the fixture `expected` has for each of INPUTS
 def environment(monkeypatch):
     """The same for everyone: nothing is downloaded, no setting hides a missing flush or a wrong encoding.
 
-    Ctrl-C interrupts, even after a test of an interrupted program or if the tests run in the background.
+    Ctrl-C interrupts, even if the tests run in the background.
     """
     monkeypatch.setenv("GPT2_BASE_URL", "http://127.0.0.1:9/nothing-listens-here")
     for name in ("PYTHONUNBUFFERED", "PYTHONIOENCODING", "PYTHONUTF8"):
@@ -187,7 +187,7 @@ def need(path):
 def one_line_error(*words, kind=UserError):
     """The block raises an error of this kind, in one line that contains the words."""
     with pytest.raises(kind) as error:
-        yield
+        yield error
     message = str(error.value)
     assert "\n" not in message
     assert [word for word in map(str, words) if word not in message] == [], message

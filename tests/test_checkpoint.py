@@ -1,9 +1,9 @@
 """Weights as files: OpenAI's checkpoint is imported bit for bit, both layouts load, damage is reported in one line."""
 
 import contextlib
-import errno
 import json
 import mmap
+import os
 import re
 import shutil
 import subprocess
@@ -16,8 +16,7 @@ import pytest
 from tests.conftest import DATA, ROOT, TINY, assert_same_params, flipped, need, one_line_error, set_free_space
 from tests.random_model import SIZE_124M
 from utils import load_encoder_hparams_and_params
-from weights.errors import CorruptFile, UserError
-from weights.files import atomic_write
+from weights.errors import CorruptFile, UserError, quote
 from weights.names import flatten, n_params, tensor_shapes
 from weights.releases import DATA_FILE, N_PARAMS
 from weights.tf_checkpoint import load_gpt2_params_from_tf_ckpt, read_index
@@ -252,9 +251,9 @@ def test_checkpoint_in_two_data_files_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("scope", "dtype", "words"),
     [
-        ("model/", "float16", "is float16; only float32 is supported: convert"),
-        ("", "float32", "has the tensor h0/"),
-        ("other/", "float32", "lacks the tensor model/"),
+        ("model/", "float16", "is 'float16'; only 'float32' is supported: convert"),
+        ("", "float32", "has the tensor 'h0/"),
+        ("other/", "float32", "lacks the tensor 'model/"),
     ],
 )
 def test_checkpoint_of_other_tensors_is_refused(tiny_tensors, tmp_path, scope, dtype, words):
@@ -267,20 +266,6 @@ def test_checkpoint_of_other_tensors_is_refused(tiny_tensors, tmp_path, scope, d
 def test_parameter_counts_of_openais_four_sizes():
     sizes = {"124M": (768, 12, 12), "355M": (1024, 16, 24), "774M": (1280, 20, 36), "1558M": (1600, 25, 48)}
     assert {size: n_params(tensor_shapes(50257, 1024, *rest)) for size, rest in sizes.items()} == N_PARAMS
-
-
-# A write that fails
-
-
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_failed_write_leaves_the_old_file_and_no_other(own, error):
-    before = times_of(own)
-    with pytest.raises((UserError, KeyboardInterrupt)) as caught, atomic_write(str(own / WEIGHTS)) as f:
-        f.write(b"half of the file")
-        raise error
-    message = f"cannot write {own / WEIGHTS} (No space left on device); make room, or choose another --models_dir"
-    assert str(caught.value) == (message if isinstance(error, OSError) else "")
-    assert times_of(own) == before
 
 
 def test_full_disk_is_noticed_before_the_import(release, monkeypatch):
@@ -411,17 +396,30 @@ GARBLED = [  # changes of model.safetensors
     lambda raw: raw[:8] + b"\xff" * 100 + raw[108:],
     lambda raw: (2**63).to_bytes(8, "little") + raw[8:],
     lambda raw: bytes(8) + raw[8:],
+    lambda raw: (len(raw) - 7).to_bytes(8, "little") + raw[8:],  # a header longer than the file
+    lambda raw: raw[:8] + raw[8:].replace(b'"shape": [36]', b'"shape": 1e9 ', 1),
+    lambda raw: raw[:8] + b"[" * 10_000 + raw[10_008:],
+    lambda raw: raw[:8] + b'{"a":' + b"1" * 5000 + b"}" + raw[5014:],
 ]
-HEADERS = [None, [], 3, {}, {"wte.weight": 1}, {"wte.weight": {}}]
-HEADERS += [{"wte.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}]
+HEADERS = [None, [], 3, {"wte.weight": 1}, {"wte.weight": {}}, {"__metadata__": {"a": 1}}, {"__metadata__": [1]}]
+NO_TENSORS = [{}, {"wte.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}]
 OFFSETS = [[10**9, 10**9 + 144], [-288, -144], [144, 0], [0, 140], [0, 288], [0.5, 144.5], [None, None], [144], 144]
-ENTRIES = [*({"data_offsets": offsets} for offsets in OFFSETS), {"dtype": ...}, {"shape": ...}, {"shape": 36}]
-NO_INTEGERS = [..., 0, -1, "36", True, 36.0, None, [36]]
+MALFORMED = [
+    {"dtype": ...},
+    {"dtype": 32},
+    {"shape": ...},
+    {"shape": 36},
+    {"shape": ["36"]},
+    {"data_offsets": [1, True]},
+]
+NO_INTEGERS = [..., 0, -1, "36", True, 36.0, None, [36], 2**31, 10**4000, float("nan"), float("inf"), "\n" * 999]
 OTHER_MODELS = [  # a change of Hugging Face's config, the value that GPT-2 has
     ("model_type", "gpt_neo", "gpt2"),
     ("activation_function", "gelu", "gelu_new"),  # the exact form, not the tanh form
     ("layer_norm_epsilon", 1e-6, "1e-05"),
-    ("n_inner", 72, "144"),
+    ("n_inner", 72, "4 * 36"),
+    ("n_inner", 10**4299, "4 * 36"),
+    ("model_type", "gpt\x1b[2J\n" * 999, "gpt2"),
     ("tie_word_embeddings", False, "True"),
     ("scale_attn_weights", False, "True"),
     ("scale_attn_by_inverse_layer_idx", True, "False"),
@@ -434,36 +432,57 @@ OTHER_SIZES = [  # a change of the hparams, words of the message
     ("n_layer", 3, "lacks the tensor"),
     ("n_layer", 1, "has the tensor"),
 ]
+MANY_LAYERS = [(n, size) for n, size in ((29, "MB"), (10**9, "TB"), (2**31 - 1, "TB"))]
 TENSORS = [  # a change of the tensors, words of the message
-    (edit_tensors(lambda t: {name: t[name] for name in t if name != "wte.weight"}), "lacks the tensor wte.weight"),
-    (tensor("h.0.crossattention.bias", np.ones(36)), "has the tensor h.0.crossattention.bias"),
-    (tensor("h.1.ln_2.bias", np.ones(36, np.float16)), "h.1.ln_2.bias is F16", "only F32"),
+    (edit_tensors(lambda t: {name: t[name] for name in t if name != "wte.weight"}), "lacks the tensor 'wte.weight'"),
+    (tensor("h.0.crossattention.bias", np.ones(36)), "has the tensor 'h.0.crossattention.bias'"),
+    (
+        tensor("a\n\x1b[2J\u202e\u2028" + "x" * 9999, np.ones(36)),
+        r"has the tensor 'a\n\x1b[2J\u202e\u2028xxx",
+        "xx...xx",
+    ),
+    (tensor("transformer.h.1.ln_2.bias", np.ones(36, np.float32)), "corrupt", "with and without the prefix"),
+    (tensor("h.1.ln_2.bias", np.ones(36, np.float16)), "h.1.ln_2.bias is 'F16'", "only 'F32'"),
     (tensor("h.0.mlp.c_fc.weight", np.ones((144, 36), np.float32)), "[144, 36]", "[36, 144]"),
     (edit_tensors(lambda t: t | output_layer(t, 1)), "lm_head.weight", "wte.weight", "tie"),
     (mislabeled, "corrupt", "288 bytes for h.1.ln_2.bias, 144 needed"),
 ]
 CUT_OR_FLIPPED = [lambda data: b"", lambda data: data[:-20], lambda data: flipped(data, 0), flipped]
 CHECKPOINTS = [b"", b"garbage", b'model_checkpoint_path: "model-1000"\n']
-NOT_JSON = [b"", b"{", b"[400]", b'{"who": "\xe9"}']
+NOT_JSON = [b"", b"{", b"[400]", b'{"who": "\xe9"}', b"[" * 100_000, b'{"n_vocab": 4' + b"0" * 5000 + b"}"]
 REFUSED = [  # the folder before, the file or folder that the message names, the change, words of the message
     *[("own", WEIGHTS, damage(WEIGHTS, change), "corrupt") for change in GARBLED],
     *[("own", WEIGHTS, write(WEIGHTS, with_header(header)), "corrupt") for header in HEADERS],
-    *[("own", WEIGHTS, edit_entry(**changes), "corrupt") for changes in ENTRIES],
+    *[("own", WEIGHTS, write(WEIGHTS, with_header(header)), "corrupt", "no tensors") for header in NO_TENSORS],
+    *[("own", WEIGHTS, edit_entry(data_offsets=offsets), "corrupt") for offsets in OFFSETS],
+    *[("own", WEIGHTS, edit_entry(**change), "corrupt", "no valid entry for 'h.0.ln_1.bias'") for change in MALFORMED],
     *[("own", WEIGHTS, *case) for case in TENSORS],
     *[("own", WEIGHTS, edit_json("hparams.json", **{name: n}), *words) for name, n, *words in OTHER_SIZES],
     *[("release", "model.ckpt", edit_json("hparams.json", **{name: n}), *words) for name, n, *words in OTHER_SIZES],
-    *[("own", "hparams.json", write("hparams.json", text), "corrupt") for text in NOT_JSON],
-    *[("own", "hparams.json", edit_json("hparams.json", **{name: 0}), f": {name} is 0") for name in TINY],
-    *[("own", "hparams.json", edit_json("hparams.json", n_embd=n), "positive whole number") for n in NO_INTEGERS],
-    ("own", "hparams.json", edit_json("hparams.json", n_head=5), "n_embd 36", "n_head 5", "not a multiple"),
-    ("hugging_face", "config.json", write("config.json", b"{"), "corrupt"),
-    ("hugging_face", "config.json", edit_json("config.json", vocab_size=...), "n_vocab is None", "correct it"),
-    ("hugging_face", "config.json", edit_json("config.json", n_head="3"), "n_head is '3'", "correct it"),
     *[
-        ("hugging_face", "config.json", edit_json("config.json", **{name: value}), f"{name} is {value!r}", gpt2s)
+        (fixture, name, edit_json("hparams.json", n_layer=n), "28 tensors of 204 kB", f"n_layer = {n}", size, "correct")
+        for fixture, name in (("own", WEIGHTS), ("release", "model.ckpt"))
+        for n, size in MANY_LAYERS
+    ],
+    *[("own", "hparams.json", write("hparams.json", text), "corrupt") for text in NOT_JSON],
+    *[("own", "hparams.json", edit_json("hparams.json", **{name: 0}), "corrupt", f"({name} is 0") for name in TINY],
+    *[("own", "hparams.json", edit_json("hparams.json", n_embd=n), "corrupt", "not a whole n") for n in NO_INTEGERS],
+    ("own", "hparams.json", edit_json("hparams.json", n_head=5), "corrupt", "n_embd 36", "n_head 5", "not a multiple"),
+    ("hugging_face", "config.json", write("config.json", b"{"), "corrupt"),
+    ("hugging_face", "config.json", edit_json("config.json", vocab_size=...), "corrupt", "n_vocab is None"),
+    ("hugging_face", "config.json", edit_json("config.json", n_head="3"), "corrupt", "n_head is '3'"),
+    *[
+        ("hugging_face", "config.json", edit_json("config.json", **{name: value}), f"{name} is {quote(value)}", gpt2s)
         for name, value, gpt2s in OTHER_MODELS
     ],
-    ("own", "", edit_json("encoder.json", extra=400), "ids up to 400", "n_vocab = 400", "put the right vocabulary"),
+    (
+        "own",
+        "",
+        edit_json("encoder.json", **{"<extra>": 400}),
+        "ids up to 400",
+        "n_vocab = 400",
+        "put the right vocabulary",
+    ),
     ("own", "tokenizer.json", tokenizer(type="WordPiece"), "is not a byte-level BPE"),
     ("own", "tokenizer.json", tokenizer("Whitespace", vocab={}, merges=[]), "is not a byte-level BPE"),
     ("own", "tokenizer.json", tokenizer(), "corrupt"),
@@ -495,15 +514,38 @@ def test_refused_folder_stays_as_it_is(request, case):
     assert times_of(folder) == before
 
 
-def test_corrupt_import_is_set_aside_and_made_again(release, tiny_tensors):
+def test_header_as_large_as_its_file_is_not_read(own):
+    with open(own / WEIGHTS, "wb") as f:
+        f.write((10**9).to_bytes(8, "little"))
+        f.truncate(10**9 + 8)
+    with one_line_error(own / WEIGHTS, "header would have 1 GB", "100 MB are allowed", kind=CorruptFile):
+        load(own)
+
+
+@pytest.mark.parametrize("layout", ["release", "hugging_face"])
+def test_fifo_or_folder_in_place_of_a_file_is_an_error(request, layout, tmp_path):
+    """A FIFO would wait for a writer for ever. model.ckpt.meta is not read."""
+    folder = request.getfixturevalue(layout)
+    for path in sorted(set(folder.iterdir()) - {folder / "model.ckpt.meta"}):
+        os.replace(path, tmp_path / "kept")
+        os.mkfifo(path)
+        with one_line_error(path, "not a regular file") if path.name != "checkpoint" else one_line_error(path):
+            load(folder)
+        path.unlink()
+        path.mkdir()
+        with pytest.raises((UserError, IsADirectoryError)):
+            load(folder)
+        path.rmdir()
+        os.replace(tmp_path / "kept", path)
+
+
+def test_corrupt_import_is_set_aside_and_made_again(release, tiny_tensors, capsys):
     load(release)
     whole = (release / WEIGHTS).read_bytes()
     damage(WEIGHTS, lambda raw: raw[:5000])(release)
-    with one_line_error(release / WEIGHTS, "5000 bytes", f"{WEIGHTS}.corrupt", "again"):
-        load(release)
-    assert (release / f"{WEIGHTS}.corrupt").read_bytes() == whole[:5000]
-    assert not (release / WEIGHTS).exists()
     assert_same_params(load(release)[2], tiny_tensors)
+    assert f"{release / WEIGHTS} is corrupt" in capsys.readouterr().err
+    assert (release / f"{WEIGHTS}.corrupt").read_bytes() == whole[:5000]
     assert (release / WEIGHTS).read_bytes() == whole
 
 
@@ -513,8 +555,10 @@ def test_corrupt_import_is_set_aside_and_made_again(release, tiny_tensors):
 def test_unknown_model_size_lists_the_known_ones(own, tmp_path):
     (own.parent / "another").mkdir()
     (own.parent / "a-file").write_text("not a folder")
-    for models_dir, last in ((own.parent, "1558M, another, own"), (tmp_path / "nowhere", "1558M")):
-        with one_line_error(f"unknown model size '125M'; choose from 124M, 355M, 774M, {last}"):
+    with one_line_error("unknown model size '125M'; choose from 124M, 355M, 774M, 1558M, another, own"):
+        load_encoder_hparams_and_params("125M", str(own.parent))
+    for models_dir in (tmp_path / "nowhere", own.parent / "a-file"):
+        with one_line_error(f"{models_dir} is not a folder", "125M", "--models_dir"):
             load_encoder_hparams_and_params("125M", str(models_dir))
     assert not (tmp_path / "nowhere").exists()
 

@@ -95,7 +95,11 @@ def assert_same_ids(encoder_and_others, text):
         assert ids == encode(text)
 
 
-def write_files(path, vocabulary='{"a": 0, "b": 1, "ab": 2}', merges="#version: 0.2\na b\n"):
+BYTES = {symbol: i for i, symbol in enumerate(bytes_to_unicode().values())}
+BYTES_AND_AB = json.dumps(BYTES | {"ab": 256})
+
+
+def write_files(path, vocabulary=BYTES_AND_AB, merges="#version: 0.2\na b\n"):
     """Write a model folder with these two files, None for no file, and return its Encoder."""
     for name, content in (("encoder.json", vocabulary), ("vocab.bpe", merges)):
         if content is not None:
@@ -185,10 +189,11 @@ def test_any_ids_decode_as_in_other_tokenizers(encoder_and_others, data):
 
 
 def test_ids_that_are_not_bytes(small):
-    """An id outside the vocabulary is a replacement character, a special token its name."""
+    """An id outside the vocabulary is a replacement character, a special token its name, without lone surrogates."""
     for unknown in (len(small.encoder), 10**6, -1):
         assert small.decode([*small.encode("a"), unknown, *small.encode("b")]) == f"a{FFFD}b"
     assert Encoder({"a": 0, "<| 終 |>": 1}, []).decode([0, 1, 0]) == "a<| 終 |>a"
+    assert Encoder({"a": 0, "<终\ud800>": 1}, []).decode([0, 1, 0]) == f"a<终{3 * FFFD}>a"
 
 
 def assert_same_merges(text, vocab_size):
@@ -224,13 +229,13 @@ def test_a_lone_surrogate_is_refused_with_its_position(small):
         small.encode("a🤗\ud800b")
 
 
-def test_a_symbol_that_the_vocabulary_lacks_is_named(tmp_path, small):
-    encoder = write_files(tmp_path)
+def test_a_symbol_that_the_vocabulary_lacks_is_named(small):
+    encoder = Encoder({"a": 0, "b": 1, "ab": 2}, ["a b"])
     assert encoder.encode("abab") == [2, 2]
     with one_line_error("no token for 'c'"):
         encoder.encode("abc\nb")
     with one_line_error("no token for 'ab'"):
-        write_files(tmp_path, vocabulary='{"a": 0, "b": 1}').encode("ab")
+        Encoder({"a": 0, "b": 1}, ["a b"]).encode("ab")
     with one_line_error(r"no special token '<.pad.>'"):
         small.encode("a", allowed_special={END_OF_TEXT, "<|pad|>"})
 
@@ -247,6 +252,11 @@ def test_a_missing_vocabulary(tmp_path):
         ("encoder.json", '["a", "b"]'),
         ("encoder.json", '{"a": "0"}'),
         ("encoder.json", '{"a": 0, "b": -1}'),
+        ("encoder.json", json.dumps(BYTES | {"ab": True})),
+        ("encoder.json", json.dumps(BYTES | {"ab": 256.0})),
+        ("encoder.json", json.dumps(BYTES | {"ab": 2**31})),
+        ("encoder.json", '{"a": 1%s}' % ("0" * 5000)),
+        ("encoder.json", '{"a\n\x1b[2J": NaN}'),
         ("encoder.json", b'{"a\xff": 0}'),
         ("encoder.json", "[" * 100_000),
         ("vocab.bpe", "#version: 0.2\na b c\n"),
@@ -272,7 +282,74 @@ def test_merges_read_the_same_in_any_form(tmp_path, vocabulary_dir, small):
     merges = (vocabulary_dir / "vocab.bpe").read_bytes()
     for content in (merges.partition(b"\n")[2].rstrip(b"\n"), merges.replace(b"\n", b"\r\n")):
         assert write_files(tmp_path, vocabulary.replace(b"\n", b"\r\n"), content).ranks == small.ranks
-    assert write_files(tmp_path, merges="#version: 0.2\n").encode("ab") == [0, 1]
+    encoder = write_files(tmp_path, json.dumps(BYTES), "#version: 0.2\n")
+    assert encoder.encode("ab") == [BYTES["a"], BYTES["b"]]
+
+
+def write_vocabulary(folder, layout, vocabulary, merges):
+    """Write a vocabulary in one of LAYOUTS; return its path and that of its merges."""
+    paths = [folder / name for name in layout]
+    if len(layout) == 1:
+        added = [{"content": symbol, "id": i} for symbol, i in vocabulary.items() if symbol == END_OF_TEXT]
+        model = {"type": "BPE", "vocab": vocabulary, "merges": merges}
+        content = {"model": model, "pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": added}
+    else:
+        content = vocabulary
+        paths[1].write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    paths[0].write_text(json.dumps(content), encoding="utf-8")
+    return paths[0], paths[-1]
+
+
+INCONSISTENT = {  # a change of a vocabulary v and its list of merges m; words of the message; the file that it names
+    "last merge lost": (lambda v, m: (v, m[:-1]), "1 of 400 tokens of .* the first is '", 1),
+    "half of the merges lost": (lambda v, m: (v, m[:71]), "72 of 400 tokens of .* are not the result of a merge", 1),
+    "a merge garbled": (lambda v, m: (v, [*m[:9], m[9] + "x", *m[10:]]), "1 of 400 tokens", 1),
+    "a merge twice": (lambda v, m: (v, [*m, m[5]]), "1 of 144 merges occur a second time", 1),
+    "no merges": (lambda v, m: (v, []), "143 of 400 tokens", 1),
+    "no tokens": (lambda v, m: ({}, m), "256 of the 256 byte symbols are not tokens, the first is '!'", 0),
+    "no byte symbol": (lambda v, m: ({s: i for s, i in v.items() if s != "b"}, m), "1 of the 256 .* is 'b'", 0),
+    "a merged token lost": (lambda v, m: ({s: i for s, i in v.items() if i != 398}, m), "lacks the results of 1 of", 0),
+    "two tokens of one id": (lambda v, m: (v | {"a": 300}, m), "two tokens have the id 300", 0),
+    "an unknown token": (lambda v, m: (v | {"\n\x1b[2J" + "x" * 999: 400}, m), r"is '\\n\\x1b\[2Jx{18}\.\.\.", 1),
+}
+
+
+@pytest.mark.parametrize("layout", encoder_module.LAYOUTS, ids=lambda layout: layout[0])
+@pytest.mark.parametrize("how", INCONSISTENT)
+def test_the_tokens_are_the_bytes_the_results_of_merges_and_special_tokens(tmp_path, small, layout, how):
+    change, words, blamed = INCONSISTENT[how]
+    write_vocabulary(tmp_path, layout, small.encoder | {"<pad>": 401, "[CLS]": 402}, list(small.ranks))
+    assert len(get_encoder(tmp_path.name, str(tmp_path.parent)).encoder) == 402
+    paths = write_vocabulary(tmp_path, layout, *change(small.encoder, list(small.ranks)))
+    with one_line_error(f"{re.escape(str(paths[blamed]))} is corrupt .*{words}", CorruptFile):
+        get_encoder(tmp_path.name, str(tmp_path.parent))
+
+
+def test_merges_cut_at_any_byte_are_noticed(tmp_path, vocabulary_dir):
+    """But for the last line feed."""
+    vocabulary, merges = ((vocabulary_dir / name).read_bytes() for name in ("encoder.json", "vocab.bpe"))
+    for n_bytes in [*range(0, len(merges) - 20, 7), *range(len(merges) - 20, len(merges) - 1)]:
+        with one_line_error(re.escape(str(tmp_path / "vocab.bpe")), CorruptFile):
+            write_files(tmp_path, vocabulary, merges[:n_bytes])
+
+
+WRONG = [None, 3, "x", "", [], ["x"], [[]], [3], [None], {}, {"x": "y"}, [{}], [{"content": "x"}], [["a", "b", "c"]]]
+WRONG += [[{"content": 3, "id": 3}], [{"content": ["x"], "id": 400}], [{"content": "x", "id": "3"}], [{"id": 3}]]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=repr)
+def test_a_tokenizer_of_wrong_types_is_an_error_in_one_line(tmp_path, small, value):
+    """But for no added tokens."""
+    write_vocabulary(tmp_path, ("tokenizer.json",), small.encoder, list(small.ranks))
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_bytes())
+    changed = [content | {key: value} for key in content]
+    changed += [content | {"model": content["model"] | {key: value}} for key in content["model"]]
+    for tokenizer in changed:
+        path.write_text(json.dumps(tokenizer), encoding="utf-8")
+        if tokenizer["added_tokens"] not in ([], {}, ""):
+            with one_line_error(re.escape(str(path))):
+                get_encoder(tmp_path.name, str(tmp_path.parent))
 
 
 @pytest.mark.parametrize("end_of_text", [True, False])

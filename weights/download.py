@@ -1,11 +1,20 @@
-"""Download a file over HTTP: resume and retry, check size and hash, and rename the complete file at the end."""
+"""Download a file over HTTP: resume and retry, check size, hash and format, and rename the complete file at the end.
+
+path.part has the bytes that have arrived, path.etag the ETag that names the version of the file they belong to.
+"""
 
 import contextlib
 import hashlib
+import logging
 import os
+import re
+import stat
+import sys
 import time
+import urllib.parse
 
-from weights.errors import UserError
+from weights.errors import CorruptFile, UserError, printable
+from weights.files import atomic_write, read_text
 from weights.resources import check_space
 
 TIMEOUT = (10, 30)  # seconds to connect, seconds between two reads
@@ -14,55 +23,88 @@ BACK_OFF = 1.0  # seconds before the second attempt; doubles before each further
 CHUNK = 2**14  # bytes; an incomplete chunk is lost when the connection breaks
 
 
-def download_file(url, path, size=None, sha256=None, remedy="set GPT2_BASE_URL to a mirror"):
-    """Download url to path.
+class Refused(Exception):
+    """An answer that another attempt would not change."""
 
-    The bytes are collected in path.part. After a broken connection the download resumes at the same byte (HTTP Range),
-    also in the next run; from a server without Range it starts again. The server's Content-Length is checked, as are
-    size (in bytes) and sha256 if given; a file that differs is renamed to path.corrupt. Raises UserError if the server
-    cannot be reached, refuses, or sends another file, and if the disk is too small; remedy ends the message.
+
+def download_file(url, path, size=None, sha256=None, check=None, *, remedy, disk_remedy="choose another --models_dir"):
+    """Download url to path, unless the server's file is not the expected one.
+
+    After a broken connection the download resumes at the same byte (HTTP Range) if the server's file is still the same
+    (HTTP If-Range), also in the next run; otherwise it starts again. The file must have the server's Content-Length,
+    size (in bytes) and sha256 if given, and check(path.part) must not raise CorruptFile; a file that is rejected is
+    renamed to path.corrupt. Raises UserError if the server cannot be reached, refuses, or sends another file, and if
+    the disk is too small; remedy and disk_remedy end the messages.
     """
-    import requests
+    part = path + ".part"
+    if os.path.lexists(part) and not stat.S_ISREG(os.lstat(part).st_mode):
+        raise UserError(f"{part} is not a regular file; remove it and run the same command again")
+    resumes, _ = resumable(path)
+    try:
+        fetch(url, path, size, remedy, disk_remedy)
+        fault = find_fault(part, size, sha256, check)
+        if fault and resumes:  # the fault may be in the bytes of the earlier run
+            discard(path)
+            fetch(url, path, size, remedy, disk_remedy)
+            fault = find_fault(part, size, sha256, check)
+        os.replace(part, path + ".corrupt" if fault else path)
+        discard(path)
+    except OSError as error:
+        raise UserError(f"cannot write {part} ({error.strerror}); make room, or {disk_remedy}") from None
+    if fault:
+        kept = f"it is kept as {path}.corrupt"
+        raise UserError(f"{url} arrived corrupt ({fault}); {kept}: run the same command again, or {remedy}")
 
-    failures, reason, reached = 0, "", size_of(path + ".part")
-    while failures < ATTEMPTS:
-        if failures:
-            time.sleep(BACK_OFF * 2 ** (failures - 1))
+
+def fetch(url, path, size, remedy, disk_remedy):
+    """Download url to path.part, in as many attempts as necessary."""
+    import requests
+    from urllib3.exceptions import HTTPError, NewConnectionError
+
+    failures, reached, again = 0, size_of(path + ".part"), "check the network and run the same command again, or "
+    while True:
         try:
-            fetch_rest(url, path, size, remedy)
-            return finish(url, path, size, sha256)
-        except requests.RequestException as error:
-            reason = explain(error)
-            if isinstance(error, ValueError):  # not a URL
-                break
-        except OSError as error:
-            raise UserError(
-                f"cannot write {path}.part ({error.strerror}); make room, or set --models_dir or --data_dir"
-            ) from None
+            return fetch_rest(url, path, size, disk_remedy)
+        except UserError:
+            raise
+        except (Refused, requests.RequestException, HTTPError, ValueError) as error:
+            is_final, cause = isinstance(error, (Refused, requests.TooManyRedirects, ValueError)), innermost(error)
+        unreachable = isinstance(cause, NewConnectionError) and not failures  # at the first attempt
         failures = failures + 1 if size_of(path + ".part") <= reached else 1
         reached = max(reached, size_of(path + ".part"))
-    raise UserError(f"cannot fetch {url} ({reason}); check the network and run the same command again, or {remedy}")
+        what = " ".join(printable(f"{url} ({str(cause) or type(cause).__name__})").split())
+        if is_final or unreachable or failures == ATTEMPTS:
+            raise UserError(f"cannot download {what}; {'' if is_final else again}{remedy}")
+        pause = BACK_OFF * 2 ** (failures - 1)
+        print(f"cannot download {what}; next attempt in {pause:.0f} s", file=sys.stderr, flush=True)
+        time.sleep(pause)
 
 
-def fetch_rest(url, path, size, remedy):
-    """Append the missing bytes to path.part, in one request; size is the size of the whole file, if known."""
+def fetch_rest(url, path, size, disk_remedy):
+    """Append the missing bytes to path.part, in one request; size is the size of the whole file, if known.
+
+    Raises Refused, or an exception of requests if another attempt may help.
+    """
     import requests
     from tqdm import tqdm
 
-    part = path + ".part"
-    have = size_of(part)
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        begin = first_byte(response, part, have, remedy)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns of malformed headers, with a traceback
+    part, (have, etag) = path + ".part", resumable(path)
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-", "If-Range": etag} if have else {})
+    hooks = {"response": refuse_downgrade}
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT, hooks=hooks) as response:
+        begin = first_byte(response, path, have, etag)
         if begin is None:
             return
         length = response.headers.get("Content-Length", "")
         total = begin + int(length) if length.isdecimal() else size
         if size is not None and total != size:
-            raise UserError(f"{url} has {total} bytes, the original has {size}; {remedy}, then try again")
-        check_space(path, (total or 0) - begin)
+            raise Refused(f"it has {total} bytes, the original has {size}")
+        check_space(path, (total or 0) - begin, disk_remedy)
         bar = tqdm(desc=os.path.basename(path), total=total, initial=begin, unit="B", unit_scale=True, disable=None)
         with bar, open(part, "ab" if begin else "wb") as f:
+            if not begin:
+                save_etag(path, response.headers.get("ETag", ""), disk_remedy)
             for chunk in response.iter_content(CHUNK):
                 f.write(chunk)
                 bar.update(len(chunk))
@@ -70,40 +112,75 @@ def fetch_rest(url, path, size, remedy):
         raise requests.ConnectionError(f"{size_of(part)} of {total} bytes received")
 
 
-def first_byte(response, part, have, remedy):
+def refuse_downgrade(response, **_):
+    """Raise Refused if a response redirects from https to another protocol."""
+    target = urllib.parse.urljoin(response.url, response.headers.get("Location", ""))
+    if response.is_redirect and response.url.startswith("https:") and not target.lower().startswith("https:"):
+        raise Refused(f"it redirects from https to {target}")
+
+
+def first_byte(response, path, have, etag):
     """Return the position in the file of the response's first byte, or None if `have` bytes are the whole file.
 
-    The position is `have`, as requested, or 0 from a server without Range. Raises ConnectionError if another attempt
-    may help and UserError if not.
+    The position is `have`, as requested, or 0 if the server sends the whole file.
     """
     import requests
 
-    status, content_range = response.status_code, response.headers.get("Content-Range", "")
+    status, headers = response.status_code, response.headers
+    answer = f"the server answers {status} {response.reason}"
+    if status in (408, 429) or status >= 500:
+        raise requests.ConnectionError(answer)
+    if status not in (200, 206, 416):
+        raise Refused(answer)
+    if (encoding := headers.get("Content-Encoding") or "identity").lower() != "identity":
+        raise Refused(f"the server sends it encoded as {encoding}")
     if status == 200:
         return 0
-    if status == 206 and content_range.startswith(f"bytes {have}-"):
-        return have
-    if status == 416 and content_range == f"bytes */{have}":
-        return None
-    if status in (206, 416):
-        with contextlib.suppress(OSError):
-            os.remove(part)
-        raise requests.ConnectionError(f"the server has {content_range or 'no'} bytes, not those from {have} on")
-    if status in (408, 429) or status >= 500:
-        response.raise_for_status()
-    what = f"the server answers {status} {response.reason}"
-    raise UserError(f"{response.url} cannot be downloaded ({what}); check its name, or {remedy}")
+    content_range = headers.get("Content-Range", "")
+    if headers.get("ETag", etag if status == 416 else None) == etag:
+        if status == 206 and content_range.startswith(f"bytes {have}-"):
+            return have
+        if status == 416 and content_range == f"bytes */{have}":
+            return None
+    discard(path)
+    raise requests.ConnectionError(f"{answer} and Content-Range {content_range!r} for the bytes from {have} on")
 
 
-def finish(url, path, size, sha256):
-    """Rename the complete path.part to path, or to path.corrupt if its size or hash is not the expected one."""
-    found, expected = size_of(path + ".part"), size
-    if expected in (None, found) and sha256 is not None:
-        found, expected = sha256_of(path + ".part"), sha256
-    if expected not in (None, found):
-        os.replace(path + ".part", path + ".corrupt")
-        raise UserError(f"{url} arrived corrupt ({found}, not {expected}); run the same command to download it again")
-    os.replace(path + ".part", path)
+def find_fault(part, size, sha256, check):
+    """Return why the downloaded file cannot be the expected one, None if it can."""
+    if size not in (None, size_of(part)):
+        return f"it has {size_of(part)} bytes, the original has {size}"
+    if sha256 and (found := sha256_of(part)) != sha256:
+        return f"its SHA-256 is {found}, the original's is {sha256}"
+    try:
+        if check:
+            check(part)
+    except CorruptFile as error:
+        return error.reason
+    return None
+
+
+def resumable(path):
+    """Return the size of path.part and the ETag for If-Range; 0 and "" if the download has to start again."""
+    try:
+        etag = read_text(path + ".etag")
+    except (OSError, UserError):
+        etag = ""
+    if re.fullmatch(r'"[!#-~]+"', etag):  # not W/"...", a weak one: RFC 9110, section 13.1.5
+        return size_of(path + ".part"), etag
+    return 0, ""
+
+
+def save_etag(path, etag, disk_remedy):
+    with atomic_write(path + ".etag", disk_remedy) as f:
+        f.write(etag.encode("utf-8", "replace"))
+
+
+def discard(path):
+    """Remove path.part and path.etag."""
+    for end in (".part", ".etag"):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path + end)
 
 
 def sha256_of(path):
@@ -117,10 +194,12 @@ def size_of(path):
     return os.path.getsize(path) if os.path.exists(path) else 0
 
 
-def explain(error):
-    """Return the message of the innermost exception that a requests exception wraps."""
+def innermost(error):
+    """Return the innermost exception that an exception of requests wraps."""
     while True:
-        inner = getattr(error, "reason", None) or next((a for a in error.args if isinstance(a, Exception)), None)
+        inner = getattr(error, "reason", None)
         if not isinstance(inner, Exception):
-            return str(error) or type(error).__name__
+            inner = next((a for a in error.args if isinstance(a, Exception)), None)
+        if inner is None:
+            return error
         error = inner

@@ -12,6 +12,8 @@ import tempfile
 
 from weights.errors import CorruptFile, UserError
 
+LONGEST_TEXT = 100_000_000  # bytes of a file that is read at once; a large vocabulary has 20 million
+
 
 def decode_utf8(data, source):
     """Return the text that data encodes; raise UserError, which names the source, if it is not UTF-8."""
@@ -33,8 +35,10 @@ def open_regular(path):
 
 
 def read_text(path):
-    """Return the text of a UTF-8 file; raise CorruptFile for a file that contains anything else."""
+    """Return the text of a UTF-8 file; raise CorruptFile for a file that contains anything else, or is too long."""
     with open_regular(path) as f:
+        if (size := os.fstat(f.fileno()).st_size) > LONGEST_TEXT:
+            raise CorruptFile(path, f"{size} bytes; up to {LONGEST_TEXT} are read")
         try:
             return f.read().decode("utf-8")
         except ValueError as error:

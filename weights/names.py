@@ -6,28 +6,34 @@ import operator
 import os
 import re
 
-from weights.errors import UserError
+from weights.errors import CorruptFile, Mismatch, UserError, quote
 from weights.files import read_json
+from weights.resources import format_bytes
+
+LARGEST = 2**31 - 1  # of the hyperparameters
 
 
 def load_hparams(model_dir):
-    """Return a dict of n_vocab, n_ctx, n_embd, n_head and n_layer from hparams.json, or else from config.json.
-
-    Raises CorruptFile or UserError, which name the file, for missing or invalid values.
-    """
+    """Return the hyperparameters of a model folder, from hparams.json, or else from config.json."""
     path = os.path.join(model_dir, "hparams.json")
-    if os.path.exists(path):
-        found = read_json(path)
-    else:
-        path = os.path.join(model_dir, "config.json")
-        found = hparams_from_config(path, read_json(path))
+    return read_hparams(path if os.path.exists(path) else os.path.join(model_dir, "config.json"))
+
+
+def read_hparams(path):
+    """Return a dict of n_vocab, n_ctx, n_embd, n_head and n_layer from a hparams.json or Hugging Face's config.json.
+
+    Raises CorruptFile for missing or invalid values and UserError for the config of another architecture.
+    """
+    found = read_json(path)
+    if os.path.basename(path) == "config.json":
+        found = hparams_from_config(path, found)
     hparams = {name: found.get(name) for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")}
     for name, value in hparams.items():
-        if type(value) is not int or value < 1:
-            raise UserError(f"{path}: {name} is {value!r}, not a positive whole number; correct it")
+        if type(value) is not int or not 1 <= value <= LARGEST:
+            raise CorruptFile(path, f"{name} is {quote(value)}, not a whole number from 1 to {LARGEST}")
     if hparams["n_embd"] % hparams["n_head"]:
         n_embd, n_head = hparams["n_embd"], hparams["n_head"]
-        raise UserError(f"{path}: n_embd {n_embd} is not a multiple of n_head {n_head}; correct it")
+        raise CorruptFile(path, f"n_embd {n_embd} is not a multiple of n_head {n_head}")
     return hparams
 
 
@@ -44,10 +50,11 @@ def hparams_from_config(path, config):
     }
     for name, accepted in required.items():
         if config.get(name, accepted[0]) not in accepted:
-            raise UserError(f"{path}: {name} is {config[name]!r}; only GPT-2 is supported, which has {accepted[0]!r}")
+            found = quote(config[name])
+            raise UserError(f"{path}: {name} is {found}; only GPT-2 is supported, which has {accepted[0]!r}")
     n_inner, n_embd = config.get("n_inner"), config.get("n_embd")
     if n_inner is not None and isinstance(n_embd, int) and n_inner != 4 * n_embd:
-        raise UserError(f"{path}: n_inner is {n_inner!r}; only GPT-2 is supported, which has 4*n_embd = {4 * n_embd}")
+        raise UserError(f"{path}: n_inner is {quote(n_inner)}; only GPT-2 is supported, which has 4 * {quote(n_embd)}")
     return config | {"n_vocab": config.get("vocab_size"), "n_ctx": config.get("n_positions", config.get("n_ctx"))}
 
 
@@ -111,18 +118,31 @@ def flatten(params, hparams):
     return {name: functools.reduce(operator.getitem, key_path(name), params) for name in tensor_shapes(**hparams)}
 
 
+def check_size(path, hparams, n_tensors, n_bytes):
+    """Raise Mismatch if the hparams have more layers than a file with n_tensors of n_bytes in total can have.
+
+    Call it before tensor_shapes(), whose result may otherwise be too long for the memory.
+    """
+    if hparams["n_layer"] > n_tensors:
+        needs = f"n_layer = {hparams['n_layer']} in its hparams needs {format_bytes(4 * count_params(**hparams))}"
+        raise Mismatch(path, f"{path} has {n_tensors} tensors of {format_bytes(n_bytes)}, {needs}; correct the hparams")
+
+
 def check_names(path, expected, found):
-    """Raise UserError unless the file has exactly the expected tensors."""
+    """Raise Mismatch unless the file has exactly the expected tensors."""
     for name in sorted(set(expected) ^ set(found)):
         has, wants = ("lacks", "needs") if name in expected else ("has", "does not know")
-        raise UserError(f"{path} {has} the tensor {name}, which a model of its hparams {wants}; correct the hparams")
+        raise Mismatch(
+            path, f"{path} {has} the tensor {quote(name)}, which a model of its hparams {wants}; correct the hparams"
+        )
 
 
 def check_tensor(path, name, shape, dtype, expected_shape, expected_dtype):
-    """Raise UserError unless a tensor of the file has the expected shape and dtype."""
+    """Raise Mismatch unless a tensor of the file has the expected shape and dtype."""
     if list(shape) != list(expected_shape):
-        raise UserError(
-            f"{path}: {name} has shape {list(shape)}, its hparams say {list(expected_shape)}; correct the hparams"
-        )
+        has, wants = quote(list(shape)), list(expected_shape)
+        raise Mismatch(path, f"{path}: {name} has shape {has}, its hparams say {wants}; correct the hparams")
     if dtype != expected_dtype:
-        raise UserError(f"{path}: {name} is {dtype}; only {expected_dtype} is supported: convert the file")
+        raise Mismatch(
+            path, f"{path}: {name} is {quote(dtype)}; only {expected_dtype!r} is supported: convert the file"
+        )

@@ -1,20 +1,20 @@
-"""Compare what is about to be used with what there is: space on the disk, and memory."""
+"""Compare the space on the disk and the memory that are needed with those that are available."""
 
 import os
+import pathlib
 import shutil
 
 from weights.errors import UserError
 
-CGROUPS = "/sys/fs/cgroup"  # version 2
+PROC, CGROUPS = "/proc", "/sys/fs/cgroup"
 
 
-def check_space(path, n_bytes):
-    """Raise UserError unless the disk of path has n_bytes of free space."""
+def check_space(path, n_bytes, remedy="choose another --models_dir"):
+    """Raise UserError unless the disk of path has n_bytes of free space; remedy ends the message."""
     free = shutil.disk_usage(os.path.dirname(path) or ".").free
     if n_bytes > free:
         raise UserError(
-            f"{path} needs {format_bytes(n_bytes)} and the disk has {format_bytes(free)} free; "
-            "make room, or choose another --models_dir or --data_dir"
+            f"{path} needs {format_bytes(n_bytes)} and the disk has {format_bytes(free)} free; make room, or {remedy}"
         )
 
 
@@ -31,32 +31,33 @@ def available_memory():
 
     Infinite where the operating system does not tell.
     """
-    with_unit = read_numbers("/proc/meminfo")  # MemAvailable:  23456789 kB
+    with_unit = read_numbers(PROC, "meminfo")  # MemAvailable:  23456789 kB
     available = 1024 * with_unit["MemAvailable:"] if "MemAvailable:" in with_unit else float("inf")
-    folder = own_cgroup()
-    while folder.startswith(CGROUPS):
-        limit, used = (read_numbers(os.path.join(folder, name)) for name in ("memory.max", "memory.current"))
+    for folder in own_cgroups():
+        limit = read_numbers(folder, "memory.max") or read_numbers(folder, "memory.limit_in_bytes")
+        used = read_numbers(folder, "memory.current") or read_numbers(folder, "memory.usage_in_bytes")
         if limit and used:
-            cached = read_numbers(os.path.join(folder, "memory.stat")).get("inactive_file", 0)
+            found = read_numbers(folder, "memory.stat")
+            cached = sum(found.get(f"total_{name}", found.get(name, 0)) for name in ("active_file", "inactive_file"))
             available = min(available, max(0, limit[""] - used[""] + cached))
-        folder = os.path.dirname(folder)
     return available
 
 
-def own_cgroup():
-    """Return the folder of this process's cgroup, "" if there is none."""
+def own_cgroups():
+    """Return the folders of this process's memory cgroups, of versions 2 and 1, and of the groups that contain them."""
     try:
-        with open("/proc/self/cgroup", encoding="utf-8") as f:
-            paths = [line.strip()[len("0::/") :] for line in f if line.startswith("0::/")]
+        with open(os.path.join(PROC, "self", "cgroup"), encoding="utf-8") as f:
+            found = [line.rstrip("\n").split(":", 2) for line in f]
     except OSError:
-        return ""
-    return os.path.join(CGROUPS, *paths).rstrip("/") if paths else ""
+        return []
+    own = [pathlib.Path(CGROUPS, name, path.strip("/")) for _, name, path in found if name in ("", "memory")]
+    return [folder for group in own for folder in (group, *group.parents)]
 
 
-def read_numbers(path):
+def read_numbers(*path):
     """Return a dict of the first number of each line by the word before it; {} if there is no such file."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(os.path.join(*path), encoding="utf-8") as f:
             lines = [line.split() for line in f]
     except OSError:
         return {}
@@ -68,5 +69,5 @@ def format_bytes(n):
     """Return a size in the largest unit of which there is at least one: 512 bytes, 3.5 kB, 1.2 GB."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n >= size:
-            return f"{n / size:.3g} {unit}" if n < 1000 * size else f"{n / size:.0f} {unit}"
+            return f"{n / size:.3g} {unit}" if n < 999.5 * size else f"{n / size:.0f} {unit}"
     return f"{n:.0f} bytes"

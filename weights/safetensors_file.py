@@ -8,17 +8,18 @@ import contextlib
 import json
 import math
 import mmap
-import operator
 import os
 import re
 
 import numpy as np
 
-from weights.errors import CorruptFile, UserError
+from weights.errors import CorruptFile, UserError, quote
 from weights.files import atomic_write, map_file
-from weights.names import check_names, check_tensor, flatten, hugging_face_name, nest, tensor_shapes
+from weights.names import check_names, check_size, check_tensor, flatten, hugging_face_name, nest, tensor_shapes
+from weights.resources import format_bytes
 
 WEIGHTS = "model.safetensors"
+LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors package
 HUGE_PAGE = 2**21  # bytes
 
 
@@ -89,26 +90,42 @@ def open_safetensors(path):
     without overlapping.
     """
     mapped = map_file(path)
+    n_header = int.from_bytes(mapped[:8], "little")
+    if n_header > min(LONGEST_HEADER, len(mapped) - 8):
+        sizes = f"{format_bytes(n_header)}, the file has {format_bytes(len(mapped))}"
+        raise CorruptFile(path, f"its header would have {sizes}; {format_bytes(LONGEST_HEADER)} are allowed")
     try:
-        n_header = int.from_bytes(mapped[:8], "little")
         header = json.loads(mapped[8 : 8 + n_header])
-        metadata = header.pop("__metadata__", None)
-        spans = sorted(tuple(map(operator.index, entry["data_offsets"])) for entry in header.values())
-        well_formed = all(type(entry["dtype"]) is str and type(entry["shape"]) is list for entry in header.values())
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        metadata = header.pop("__metadata__", None) or {}
+        malformed = [name for name, entry in header.items() if not is_entry(entry)]
+        malformed += [name for name, value in metadata.items() if type(value) is not str]
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise CorruptFile(path, "no safetensors header") from None
+    if malformed:
+        raise CorruptFile(path, f"its header has no valid entry for {quote(malformed[0])}")
     n_data = 0
-    for span in spans:
-        if len(span) != 2 or span[0] != n_data or span[1] < n_data:
-            raise CorruptFile(
-                path, f"bytes {list(span)} of a tensor do not begin at {n_data}, where the one before ends"
-            )
-        n_data = span[1]
-    if not (well_formed and n_data and len(mapped) == 8 + n_header + n_data):
+    for begin, end in sorted(entry["data_offsets"] for entry in header.values()):
+        if begin != n_data or end < begin:
+            span = f"bytes {quote([begin, end])} of a tensor"
+            raise CorruptFile(path, f"{span} do not begin at {n_data}, where the one before ends")
+        n_data = end
+    if len(mapped) != 8 + n_header + n_data:
         raise CorruptFile(path, f"{len(mapped)} bytes, where the header says {8 + n_header + n_data}")
+    if n_data == 0:
+        raise CorruptFile(path, "no tensors")
     with contextlib.suppress(AttributeError, OSError):  # Linux only
         mapped.madvise(mmap.MADV_HUGEPAGE)
     return header, np.frombuffer(mapped, np.uint8, offset=8 + n_header), metadata
+
+
+def is_entry(entry):
+    """Return whether a value of the header gives a dtype, a shape, and where the tensor begins and ends."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    return all(type(n) is int and 0 <= n < 2**63 for n in shape + offsets)
 
 
 def load_params(path, hparams):
@@ -118,9 +135,12 @@ def load_params(path, hparams):
     """
     header, data, _ = open_safetensors(path)
     mask = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks, which some files contain
-    header = {name.removeprefix("transformer."): entry for name, entry in header.items()}
-    header = {name: entry for name, entry in header.items() if not mask.fullmatch(name)}
+    names = {name.removeprefix("transformer."): name for name in header}
+    if len(names) < len(header):
+        raise CorruptFile(path, "a tensor occurs both with and without the prefix transformer.")
+    header = {name: header[full] for name, full in names.items() if not mask.fullmatch(name)}
     lm_head = header.pop("lm_head.weight", None)
+    check_size(path, hparams, len(header), data.size)
     expected = {hugging_face_name(name): (name, shape) for name, shape in tensor_shapes(**hparams).items()}
     check_names(path, expected, header)
     tensors = {}
@@ -146,10 +166,12 @@ def load_safetensors(path):
     The tensors, a dict by name, are read-only views of the memory-mapped file.
     """
     header, data, metadata = open_safetensors(path)
-    try:
-        tensors = {
-            name: tensor_bytes(data, entry).view("<f4").reshape(entry["shape"]) for name, entry in header.items()
-        }
-    except (ValueError, TypeError):
-        raise CorruptFile(path, "its header does not fit its bytes") from None
-    return tensors, metadata or {}
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] != "F32":
+            raise CorruptFile(path, f"{quote(name)} is {quote(entry['dtype'])}, not 'F32'")
+        try:
+            tensors[name] = tensor_bytes(data, entry).view("<f4").reshape(entry["shape"])
+        except ValueError:
+            raise CorruptFile(path, f"{quote(name)} has bytes for another shape") from None
+    return tensors, metadata

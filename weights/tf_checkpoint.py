@@ -33,8 +33,8 @@ from typing import NamedTuple
 import numpy as np
 
 from weights.errors import CorruptFile, UserError
-from weights.files import map_file
-from weights.names import check_names, check_tensor, nest, tensor_shapes
+from weights.files import map_file, read_text
+from weights.names import check_names, check_size, check_tensor, nest, tensor_shapes
 
 INDEX, DATA = ".index", ".data-00000-of-00001"
 MAGIC = 0xDB4775248B80FB57.to_bytes(8, "little")
@@ -54,13 +54,19 @@ class Entry(NamedTuple):
 
 def checkpoint_prefix(model_dir):
     """Return the path that the file "checkpoint" names, such as models/124M/model.ckpt; None if a file is missing."""
-    with contextlib.suppress(OSError, ValueError):
-        with open(os.path.join(model_dir, "checkpoint"), encoding="utf-8") as f:
-            named = re.search(r'^model_checkpoint_path: *"(.+)"', f.read(), re.MULTILINE)
-        prefix = os.path.join(model_dir, os.path.basename(named[1])) if named else None
-        if prefix and all(os.path.exists(prefix + end) for end in (INDEX, DATA)):
+    with contextlib.suppress(OSError, CorruptFile):
+        prefix = os.path.join(model_dir, read_prefix(os.path.join(model_dir, "checkpoint")))
+        if all(os.path.exists(prefix + end) for end in (INDEX, DATA)):
             return prefix
     return None
+
+
+def read_prefix(path):
+    """Return the name in the file "checkpoint", such as model.ckpt; raise CorruptFile if there is none."""
+    named = re.search(r'^model_checkpoint_path: *"(.+)"', read_text(path), re.MULTILINE)
+    if not named:
+        raise CorruptFile(path, "it names no checkpoint")
+    return os.path.basename(named[1])
 
 
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
@@ -70,6 +76,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     a GPT-2 of these hparams or that was saved in several files.
     """
     entries = read_index(tf_ckpt_path + INDEX)
+    check_size(tf_ckpt_path, hparams, len(entries), sum(entry.size for entry in entries.values()))
     expected = {f"model/{name}": shape for name, shape in tensor_shapes(**hparams).items()}
     check_names(tf_ckpt_path, expected, entries)
     data, tensors = np.frombuffer(map_file(tf_ckpt_path + DATA), np.uint8), {}
