@@ -148,8 +148,8 @@ def generate_tokens(inputs, params, n_head, n_tokens_to_generate, sample=np.argm
     inputs: the prompt, [n_seq] token ids, at least one; not modified.
     sample: function from the logits of the last position, [n_vocab], to a token id; argmax is greedy (see sampling.py).
     stop_id: generation ends when this id is sampled; it is not yielded.
-    Raises ValueError if inputs is empty, or if inputs and the new tokens exceed the context; FloatingPointError if the
-    weights are damaged, so that logits are NaN or infinite.
+    Raises ValueError if inputs and the new tokens exceed the context, or if inputs is empty and a token is to be
+    generated; FloatingPointError if the weights are damaged, so that logits are NaN or infinite.
     """
     check_context(len(inputs), n_tokens_to_generate, n_ctx=params["wpe"].shape[0])
     cache = [KVCache(len(inputs) + n_tokens_to_generate) for _ in params["blocks"]]

@@ -116,7 +116,7 @@ def add_speculative_options(group):
 
 def run(argv=None):
     """Run the command line argv (default: sys.argv[1:]); return the exit code."""
-    return exit_code("gpt2.py", lambda: dispatch(make_parser().parse_args(argv)))
+    return exit_code("gpt2.py", lambda: dispatch(make_parser().parse_args(argv)), argv)
 
 
 def dispatch(options):
@@ -164,6 +164,8 @@ def check_options(options):
             "set --temperature above 0",
             file=sys.stderr,
         )
+    if options.temperature == 0 and options.n_samples > 1:
+        print("note: at temperature 0 all samples of a prompt are the same; set --temperature above 0", file=sys.stderr)
 
 
 def check_prompts_file_options(options):

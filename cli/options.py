@@ -5,15 +5,18 @@ of standard output has gone.
 """
 
 import argparse
+import contextlib
+import errno
 import math
 import os
 import signal
 import sys
 import warnings
 
-from weights.errors import UserError
+from weights.errors import UserError, printable
 
 EXIT_MISTAKE, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 2, 130, 141  # the last two are 128 + SIGINT, 128 + SIGPIPE
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError while writing
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,6 +66,17 @@ def parse_positive(text):
     return number
 
 
+def parse_up_to(largest):
+    """Return an argparse type for whole numbers from 1 to largest."""
+
+    def parse(text):
+        if (number := parse_positive(text)) > largest:
+            raise argparse.ArgumentTypeError(f"{number} is too large; the maximum is {largest}")
+        return number
+
+    return parse
+
+
 def number_type(is_valid, description):
     """Return an argparse type for valid numbers; description follows "is not" in the error message."""
 
@@ -89,47 +103,82 @@ def n_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def exit_code(program, work):
-    """Call work() and return its result (None: 0); print an exception as one line and return its exit code."""
+def exit_code(program, work, argv=None):
+    """Call work() and return its result (None: 0); print an exception as one line and return its exit code.
+
+    argv: None in the program itself, which will exit: after Ctrl-C a second one is then ignored.
+    """
     prepare_streams()
+    with contextlib.redirect_stderr(BestEffort(sys.stderr)):
+        try:
+            return run_and_flush(work)
+        except KeyboardInterrupt:
+            if argv is None:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # it would print a traceback while Python exits
+            return EXIT_INTERRUPTED
+        except BrokenPipeError:
+            return EXIT_CLOSED_PIPE
+        except (UserError, FloatingPointError, OSError, MemoryError) as error:
+            line = printable(describe(error)).replace("\n", " ")
+            with contextlib.suppress(BrokenPipeError):
+                print(f"{program}: error: {line}", file=sys.stderr)
+            return EXIT_MISTAKE
+
+
+def run_and_flush(work):
+    """Call work(), flush standard output, and return the result of work() (None: 0)."""
     try:
-        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # damaged weights are an error below
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # damaged weights are an error
             return work() or 0
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would print a traceback while Python exits
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        discard_output()
-        return EXIT_CLOSED_PIPE
-    except (UserError, FloatingPointError, OSError, MemoryError) as error:
-        print(f"{program}: error: {describe(error)}", file=sys.stderr)
-        if (
-            isinstance(error, OSError) and error.filename is None
-        ):  # no file name: standard output, probably on a full disk
-            discard_output()
-        return EXIT_MISTAKE
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            discard(sys.stdout)
+            raise
+
+
+class BestEffort:
+    """A text stream for messages, which are discarded if they cannot be written, on a full disk for example."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+        except OSError as error:
+            discard(self.stream)
+            if isinstance(error, BrokenPipeError):
+                raise
 
 
 def prepare_streams():
-    """Use UTF-8 for files and pipes, replace characters that a terminal lacks, replace closed streams by os.devnull."""
+    """Use UTF-8 for files and pipes, replace what cannot be encoded, and replace closed streams by os.devnull."""
     if None in (sys.stdin, sys.stdout, sys.stderr):
         devnull = open(os.devnull, "r+", encoding="utf-8")  # noqa: SIM115 (stays open as a standard stream)
         sys.stdin, sys.stdout, sys.stderr = (stream or devnull for stream in (sys.stdin, sys.stdout, sys.stderr))
-    sys.stdout.reconfigure(**({"errors": "replace"} if sys.stdout.isatty() else {"encoding": "utf-8"}))
+    at_terminal, elsewhere = {"errors": "replace"}, {"encoding": "utf-8", "errors": "backslashreplace"}  # in names
+    sys.stdout.reconfigure(**at_terminal if sys.stdout.isatty() else elsewhere)
     sys.stderr.reconfigure(**({} if sys.stderr.isatty() else {"encoding": "utf-8"}), errors="backslashreplace")
 
 
-def discard_output():
-    """Redirect standard output to os.devnull: flushing the remaining output at exit would fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def discard(stream):
+    """Redirect a stream to os.devnull: flushing its remaining output at exit would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def describe(error):
     """Return what an error line says of an exception."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"cannot open {error.filename!r}: {error.strerror}; check the path and its permissions"
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno in FULL:
         return f"cannot write the output: {error.strerror}; make room"
+    if isinstance(error, OSError):
+        return f"input or output failed: {error.strerror or error}; check where the program reads and writes"
     if isinstance(error, MemoryError):
         return f"not enough memory{f' ({error})' if str(error) else ''}; choose a smaller model or batch"
     if isinstance(error, FloatingPointError):

@@ -6,21 +6,23 @@ With --output, an interrupted run continues where it stopped: continuations in t
 import collections
 import itertools
 import json
+import operator
 import os
 import sys
 
-from cli.session import Generator, decode_text, with_bar
+from cli.session import Generator, decode_text, read_at_most, with_bar
 from engines.batching import in_order
-from weights.errors import UserError
+from weights.errors import UserError, printable
 from weights.files import same_file
 
+MAX_PROMPTS = 10**8  # bytes
 LINE_START = b'{"prompt": '  # of every line of JSON
 
 
 def run_prompts_file(options):
     prompts = read_prompts(options.prompts_file)
     with Output(options.output, options.prompts_file) as output:
-        todo = missing_samples(prompts, options.n_samples, output.finished)
+        todo = incomplete(prompts, options.n_samples, output.finished)
         if todo:
             write_continuations(options, todo, output)
         else:
@@ -33,74 +35,89 @@ def run_prompts_file(options):
 def read_prompts(path):
     """Return the lines of a file, or of standard input for "-"; an empty line is an empty prompt."""
     if path == "-":
-        path, data = "standard input", sys.stdin.buffer.read()
+        path, data = "standard input", read_at_most(MAX_PROMPTS, "standard input", sys.stdin.buffer.read)
     else:
         with open(path, "rb") as f:
-            data = f.read()
+            data = read_at_most(MAX_PROMPTS, path, f.read)
     if not data:
         raise UserError(f"{path} is empty; write one prompt per line")
     return decode_text(data, path).replace("\r\n", "\n").split("\n")
 
 
-def missing_samples(prompts, n_samples, finished):
-    """Return [(prompt, numbers of its samples to generate)], without the prompts that are complete.
+def incomplete(prompts, n_samples, finished):
+    """Return [(prompt, set of the numbers of its finished samples)], without the prompts that are complete.
 
-    finished: a Counter of the (prompt, sample) that are done; the same prompt may occur several times.
+    finished: for each prompt a Counter of its finished samples, as the same prompt may occur several times.
     """
-    finished, todo = finished.copy(), []
+    todo = []
     for prompt in prompts:
-        missing = []
-        for sample in range(1, n_samples + 1):
-            if finished[prompt, sample]:
-                finished[prompt, sample] -= 1
-            else:
-                missing.append(sample)
-        if missing:
-            todo.append((prompt, missing))
+        counts = finished.get(prompt, {})
+        done = {i for i, count in counts.items() if count and 1 <= i <= n_samples}
+        for i in done:
+            counts[i] -= 1
+        if len(done) < n_samples:
+            todo.append((prompt, done))
     return todo
 
 
+def missing(done, n_samples):
+    """Yield the numbers of the samples that are not done."""
+    return itertools.filterfalse(done.__contains__, range(1, n_samples + 1))
+
+
 def write_continuations(options, todo, output):
-    """Generate and write the continuations in order; a prompt that is too long gets error records."""
-    generator, requests, errors = Generator(options), [], []
-    for number, (prompt, samples) in enumerate(todo):
+    """Generate and write the missing samples; prompts that cannot be continued give records of their error."""
+    generator, n_samples, requests, errors = Generator(options), options.n_samples, [], {}
+    for number, (prompt, done) in enumerate(todo):
         try:
             ids = generator.prompt_ids(prompt)
         except UserError as error:
-            errors += [((number, i), error_record(prompt, sample, error)) for i, sample in enumerate(samples, 1)]
+            errors[number] = error
         else:
-            requests.append((number, ids, [generator.sampler(sample) for sample in samples]))
-    keys = [(number, i) for number, (_, samples) in enumerate(todo) for i in range(1, len(samples) + 1)]
-    records = in_order(itertools.chain(errors, generated_records(generator, requests, todo)), keys)
-    for line in with_bar(records, len(keys), "continuation", printed=options.output is None):
+            requests.append((number, ids, map(generator.sampler, missing(done, n_samples))))
+    n_missing = [n_samples - len(done) for _, done in todo]
+    n_lines, n_errors = sum(n_missing), sum(n_missing[number] for number in errors)
+    continuations = generated(generator, requests, n_missing)
+    records = records_in_order(todo, n_samples, errors, continuations)
+    for line in with_bar(records, n_lines, "continuation", printed=options.output is None):
         output.write(line)
-    if errors:
-        print(f"note: {len(errors)} of {len(keys)} lines contain an error and no text", file=sys.stderr)
+    message = f"{n_errors} of {n_lines} lines contain an error and no text"
+    if n_errors == n_lines:
+        raise UserError(f"{message}; correct the prompts")
+    if n_errors:
+        print(f"note: {message}", file=sys.stderr)
 
 
-def generated_records(generator, requests, todo):
-    """Yield ((index in todo, i), record) of each continuation when it is complete; i counts its samples from 1."""
-    for (number, i), ids, stop_reason in generator.generate_batch(requests):
-        prompt, samples = todo[number]
-        yield (number, i), record(prompt, samples[i - 1], generator.encoder.decode(ids), ids, stop_reason)
+def generated(generator, requests, n_missing):
+    """Yield (text, ids, stop reason) of each continuation, in order. n_missing: continuations per request, by key."""
+    results = generator.generate_batch(requests, sum(n_missing[number] for number, _, _ in requests))
+    keys = ((number, i) for number, _, _ in requests for i in range(1, n_missing[number] + 1))
+    for ids, stop_reason in in_order(((key, value) for key, *value in results), keys):
+        yield generator.encoder.decode(ids), ids, stop_reason
+
+
+def records_in_order(todo, n_samples, errors, continuations):
+    """Yield the record of each missing sample. errors: by index in todo; continuations: an iterator over the others."""
+    for number, (prompt, done) in enumerate(todo):
+        for sample in missing(done, n_samples):
+            if number in errors:
+                yield record(prompt, sample, "", [], "error") | {"error": str(errors[number])}
+            else:
+                yield record(prompt, sample, *next(continuations))
 
 
 def record(prompt, sample, text, ids, stop_reason):
     return {"prompt": prompt, "sample": sample, "text": text, "ids": ids, "stop_reason": stop_reason}
 
 
-def error_record(prompt, sample, error):
-    return record(prompt, sample, "", [], "error") | {"error": str(error)}
-
-
 class Output:
     """The destination of the lines of JSON: standard output, or a file that is appended to.
 
-    finished: a Counter of the continuations in the file, by (prompt, sample).
+    finished: a Counter of the samples in the file for each prompt.
     """
 
     def __init__(self, path, prompts_path):
-        self.path, self.finished, self.file = path, collections.Counter(), sys.stdout.buffer
+        self.path, self.finished, self.file = path, collections.defaultdict(collections.Counter), sys.stdout.buffer
         if path is None:
             return
         check_output(path, prompts_path)
@@ -127,7 +144,7 @@ class Output:
             try:
                 found = json.loads(line) if line.strip() else {"stop_reason": "error"}
                 if found["stop_reason"] != "error":
-                    self.finished[found["prompt"], found["sample"]] += 1
+                    self.finished[found["prompt"]][operator.index(found["sample"])] += 1
             except (ValueError, LookupError, TypeError, RecursionError):
                 if line.endswith(b"\n") or not (line.startswith(LINE_START) or LINE_START.startswith(line)):
                     raise UserError(
@@ -142,12 +159,15 @@ class Output:
             self.file.truncate(self.n_kept)
             self.file.write(self.separator)
             self.n_kept = None
-        self.file.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8"))
+        text = json.dumps(line, ensure_ascii=False)
+        text = printable(text) if self.path is None and sys.stdout.isatty() else text
+        self.file.write(text.encode("utf-8") + b"\n")
         self.file.flush()
 
 
 def check_output(path, prompts_path):
     if same_file(path, prompts_path):
         raise UserError(f"--output {path} is the file of the prompts; name another")
-    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):  # open() refuses folders
+    is_device = os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))  # open() refuses folders
+    if is_device or path == "-":
         raise UserError(f"--output {path} is not a file; leave it out to print the lines on standard output")

@@ -16,9 +16,12 @@ from engines.batching import generate_batch, in_order
 from engines.instance import recording
 from sampling import make_sampler
 from utils import load_encoder_hparams_and_params
-from weights.errors import UserError
+from weights.errors import UserError, printable
 from weights.files import decode_utf8
 from weights.names import n_params, tensor_shapes
+from weights.resources import check_memory, format_bytes
+
+MAX_PROMPT = 10**7  # bytes; more than any context holds
 
 
 class Generator:
@@ -31,6 +34,10 @@ class Generator:
         )
         self.model, self.n_head = gpt2, self.hparams["n_head"]
         self.stop_id = self.encoder.encoder.get(END_OF_TEXT) if options.stop_at_end_of_text else None
+        if options.stop_at_end_of_text and self.stop_id is None:
+            raise UserError(
+                f"the vocabulary of {options.model_size} has no {END_OF_TEXT}; leave out --stop_at_end_of_text"
+            )
         self.speculation = self.make_speculation() if options.draft_model or options.speculate == "lookup" else None
 
     def prompt_ids(self, prompt):
@@ -55,11 +62,22 @@ class Generator:
             return self.speculation.generate_tokens(ids, n, self.sampler(i), self.stop_id)
         return self.model.generate_tokens(ids, self.params, self.n_head, n, self.sampler(i), self.stop_id)
 
-    def generate_batch(self, requests):
-        """Yield the continuations of many requests; see engines.batching.generate_batch."""
+    def generate_batch(self, requests, n_continuations):
+        """Yield the continuations of a list of requests; see engines.batching.generate_batch.
+
+        Raises UserError if the batch does not fit into memory.
+        """
         self.use_small_batch_model()
         n, batch_size = self.options.n_tokens_to_generate, self.options.batch_size
+        longest = max((len(ids) for _, ids, _ in requests), default=0)
+        self.check_batch(min(batch_size, n_continuations), longest + n)
         return generate_batch(requests, self.params, self.n_head, n, batch_size, self.stop_id, self.model)
+
+    def check_batch(self, n_rows, n_positions):
+        """Raise UserError if there is not enough memory for the keys, values and logits of n_rows rows."""
+        hparams = self.hparams
+        per_row = hparams["n_layer"] * 2 * hparams["n_embd"] * n_positions + hparams["n_vocab"]
+        check_memory(f"a batch of {n_rows} continuations", 4 * n_rows * per_row, "set a smaller --batch_size")
 
     def use_small_batch_model(self):
         """Copy the parameters into the layout that is fast for a few tokens per pass; free the loaded ones."""
@@ -72,8 +90,10 @@ class Generator:
         """Return the speculative decoder selected by --speculate or --draft_model."""
         from engines.speculative import Lookup, Speculation
 
+        started = time.perf_counter()
         self.use_small_batch_model()
         make_drafter = self.load_draft_model() if self.options.draft_model else Lookup
+        self.copying = time.perf_counter() - started  # seconds, until a report has counted them
         return Speculation(self.params, self.n_head, make_drafter, self.model)
 
     def load_draft_model(self):
@@ -109,6 +129,7 @@ class Session:
 
     def __init__(self, options):
         self.options = options
+        self.shown = printable if sys.stdout.isatty() else str  # what is printed of a text
         self.stream = sys.stdout.isatty() and options.n_samples == 1 if options.stream is None else options.stream
         self.prompt = None if options.interactive else read_prompt(options)
         self.generator = Generator(options)
@@ -143,7 +164,13 @@ class Session:
         started = time.perf_counter()
         self.show_samples(ids)
         if speculation:
-            print(f"note: {speculation.report(time.perf_counter() - started)}", file=sys.stderr)
+            self.report(time.perf_counter() - started)
+
+    def report(self, seconds):
+        """Print what speculative decoding did; its first report counts the time in which the weights were copied."""
+        copying, self.generator.copying = self.generator.copying, 0
+        including = f", including {copying:.2f} s to copy the weights" if copying else ""
+        print(f"note: {self.generator.speculation.report(seconds + copying)}{including}", file=sys.stderr)
 
     def show_samples(self, ids):
         """Print n_samples continuations of a prompt; unless they are streamed or drafted, generate them in a batch."""
@@ -163,7 +190,7 @@ class Session:
             tokens = with_bar(tokens, self.options.n_tokens_to_generate, "token", printed=False)
         kept = []
         try:
-            for piece in self.generator.encoder.decode_stream(tokens):
+            for piece in map(self.shown, self.generator.encoder.decode_stream(tokens)):
                 if self.stream:
                     print(piece, end="", flush=True)
                 else:
@@ -175,22 +202,22 @@ class Session:
 
     def show_batch(self, ids):
         """Generate all samples in a batch and print each in turn. Ctrl-C prints the incomplete ones."""
-        n_samples = self.options.n_samples
-        sampled = {i: [] for i in range(1, n_samples + 1)}  # ids of the samples that are not printed yet
-        samplers = [recording(self.generator.sampler(i), found) for i, found in sampled.items()]
-        results = ((i, new_ids) for (_, i), new_ids, _ in self.generator.generate_batch([(None, ids, samplers)]))
-        ordered = in_order(results, range(1, n_samples + 1))
+        n_samples, sampled = self.options.n_samples, {}  # ids of the samples that are started and not printed yet
+        samplers = (recording(self.generator.sampler(i), sampled.setdefault(i, [])) for i in range(1, n_samples + 1))
+        continuations = self.generator.generate_batch([(None, ids, samplers)], n_samples)
+        ordered = in_order(((i, new_ids) for (_, i), new_ids, _ in continuations), range(1, n_samples + 1))
         try:
             for i, new_ids in enumerate(with_bar(ordered, n_samples, "sample", printed=True), 1):
                 self.show_sample(i, new_ids)
                 del sampled[i]
         except KeyboardInterrupt:
             for i, new_ids in sampled.items():
-                self.show_sample(i, [token_id for token_id in new_ids if token_id != self.generator.stop_id])
+                if new_ids:
+                    self.show_sample(i, [token_id for token_id in new_ids if token_id != self.generator.stop_id])
             raise
 
     def show_sample(self, i, new_ids):
-        print(f"=== sample {i} ===\n{self.generator.encoder.decode(new_ids)}", flush=True)
+        print(f"=== sample {i} ===\n{self.shown(self.generator.encoder.decode(new_ids))}", flush=True)
 
 
 def with_bar(items, total, unit, printed):
@@ -214,7 +241,7 @@ def with_bar(items, total, unit, printed):
 def read_line():
     """Return a line of standard input as bytes, None at the end. At a terminal, show a prompt and allow editing."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return sys.stdin.buffer.readline() or None
+        return read_at_most(MAX_PROMPT, "a line of standard input", sys.stdin.buffer.readline) or None
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (gives input() a history and editing keys)
     try:
@@ -227,8 +254,16 @@ def read_line():
 def read_prompt(options):
     """Return the prompt of the command line, "" if there is none."""
     if options.prompt == "-":
-        return decode_text(sys.stdin.buffer.read(), "standard input")
+        return decode_text(read_at_most(MAX_PROMPT, "standard input", sys.stdin.buffer.read), "standard input")
     return decode_utf8(os.fsencode(options.prompt or ""), "the prompt")
+
+
+def read_at_most(n_bytes, source, read):
+    """Return what a file's method read() returns; raise UserError if that is more than n_bytes."""
+    data = read(n_bytes + 1)
+    if len(data) > n_bytes:
+        raise UserError(f"{source} has more than {format_bytes(n_bytes)}; shorten it")
+    return data
 
 
 def decode_text(data, source):

@@ -3,10 +3,12 @@
 A pass reads every weight once, so a pass over several rows costs little more than one over a single row. A row that is
 complete leaves the batch and the next prompt takes its place in the next pass (Yu et al. 2022, "Orca", section 3.2).
 Each row has its own cache, position and sampler, and attention runs row by row over that row's positions: there is no
-padding, and a row's result does not depend on the other rows, except for rounding (see columns.py).
+padding, and a row's result does not depend on the other rows, except for rounding. With AVX-512, rounding depends on
+them only from 128 rows up (columns.py).
 """
 
 import copy
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -56,8 +58,8 @@ def start_rows(requests, params, n_head, n_tokens_to_generate, stop_id, model):
         gpt2.check_context(len(inputs), n_tokens_to_generate, params["wpe"].shape[0])
         cache = [model.KVCache(len(inputs) + n_tokens_to_generate) for _ in params["blocks"]]
         logits = model.prefill(inputs, params, n_head, cache) if n_tokens_to_generate else None
-        for i, sample in enumerate(samplers, 1):
-            own_cache = copy.deepcopy(cache) if i < len(samplers) else cache
+        for i, (sample, following) in enumerate(pairwise(chain(samplers, [None])), 1):
+            own_cache = copy.deepcopy(cache) if following else cache
             row = Row((key, i), own_cache, sample, n_tokens_to_generate, stop_id)
             if logits is not None:
                 row.append_token(logits)
@@ -76,8 +78,8 @@ def advance_rows(rows, params, n_head, model):
 def generate_batch(requests, params, n_head, n_tokens_to_generate, batch_size=8, stop_id=None, model=gpt2):
     """Yield ((key, i), new ids, stop reason) of each continuation when it is complete.
 
-    requests: an iterable of (key, token ids of a prompt, list of samplers), one continuation per sampler, numbered i
-    from 1. A request is taken from it when a row is free, so memory is bounded by batch_size rows.
+    requests: an iterable of (key, token ids of a prompt, iterable of samplers), one continuation per sampler, numbered
+    i from 1. Both iterables are read when a row is free, so memory is bounded by batch_size rows.
     model: the module gpt2, or the one that small_batch_model (parallel.py) returns with its params.
     The stop reason is "length" or "end_of_text".
     Raises ValueError if a prompt is empty or does not fit into the model's context, or batch_size is less than 1.

@@ -17,6 +17,8 @@ import gpt2
 from engines.columns import WIDTH, Columns, Room, Table, in_columns, n_parts
 from engines.instance import new_instance
 from engines.team import Team
+from weights.names import count_params
+from weights.resources import check_memory
 
 SMALL_KERNELS = ("SkylakeX", "Cooperlake", "SapphireRapids")  # the names of OpenBLAS's AVX-512 kernels: columns.py
 SHARE_FROM = 512  # n_embd from which a share of a layer is worth a process
@@ -30,6 +32,9 @@ def small_batch_model(params, n_head):
     """
     if not has_small_kernels() or "fork" not in multiprocessing.get_all_start_methods():
         return gpt2, params
+    n_vocab, n_embd = params["wte"].shape
+    n_copied = count_params(n_vocab, len(params["wpe"]), n_embd, n_head, len(params["blocks"]))
+    check_memory("a copy of the parameters for batches or draft tokens", 4 * n_copied, "choose a smaller model")
     alone = params["wpe"].shape[1] < SHARE_FROM or multiprocessing.current_process().daemon  # which may have no helpers
     return shared(params, n_head, 1 if alone else max(library["num_threads"] for library in blas().info()))
 

@@ -64,7 +64,7 @@ class Draft:
         """Return up to n draft tokens to follow text, fewer at the end of the draft model's context."""
         drafted = []
         while len(drafted) < min(n, self.n_ctx - len(text)):
-            drafted.append(int(self.next_logits(text + drafted).argmax()))
+            drafted.append(gpt2.choose(self.next_logits(text + drafted), np.argmax))
         return drafted
 
     def next_logits(self, text):  # [n_seq] -> [n_vocab]

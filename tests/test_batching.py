@@ -2,8 +2,10 @@
 
 import gc
 import json
+import os
 import re
 import signal
+import threading
 import time
 import weakref
 
@@ -126,10 +128,10 @@ def records(text):
 def continue_file(inside, flags, tmp_path):
     """A function that writes prompts to a file and continues them; returns the records on standard output."""
 
-    def continue_prompts(prompts, *arguments, err=b""):
+    def continue_prompts(prompts, *arguments, err=b"", code=0):
         (tmp_path / "prompts").write_text(prompts, encoding="utf-8", newline="")
-        code, out, found = inside("--prompts_file", tmp_path / "prompts", *flags, *arguments)
-        assert (code, found) == (0, err)
+        found, out, said = inside("--prompts_file", tmp_path / "prompts", *flags, *arguments)
+        assert (found, said) == (code, err)
         return records(out)
 
     return continue_prompts
@@ -163,12 +165,13 @@ def test_line_ends_byte_order_marks_and_standard_input(continue_file, inside, fl
 def test_a_prompt_that_is_too_long_gets_an_error_record_and_is_tried_again(continue_file, tiny, tmp_path):
     output, long = tmp_path / "output", "x" + " x" * 59
     assert len(tiny[0].encode(long)) == 119
-    note = b"note: 2 of 6 lines contain an error and no text\n"
-    found = continue_file(f"one\n{long}\ntwo\n", "--n_samples", 2, err=note)
+    note, sampling = b"note: 2 of 6 lines contain an error and no text\n", ["--n_samples", 2, "--temperature", 1]
+    found = continue_file(f"one\n{long}\ntwo\n", *sampling, err=note)
     assert [r["stop_reason"] for r in found] == ["length", "length", "error", "error", "length", "length"]
     assert found[2]["text"] == "" and found[2]["ids"] == []
     assert "prompt tokens + 10 to generate" in found[2]["error"] and "128" in found[2]["error"]
-    continue_file(long, "--output", output, err=b"note: 1 of 1 lines contain an error and no text\n")
+    error = b"gpt2.py: error: 1 of 1 lines contain an error and no text; correct the prompts\n"
+    continue_file(long, "--output", output, err=error, code=2)
     continue_file(long, "--output", output, "--n_tokens_to_generate", 1)
     assert [record["stop_reason"] for record in records(output.read_bytes())] == ["error", "length"]
 
@@ -213,6 +216,23 @@ def test_the_documentation_shows_what_is_printed(inside, tmp_path):
     assert inside("--prompts_file", tmp_path / "p", *flags)[1].decode() == shown + "\n"
 
 
+def test_samples_that_are_missing_are_added(continue_file, tmp_path):
+    output, sampling = tmp_path / "output", ["--temperature", 1, "--seed", 3, "--n_samples"]
+    expected = continue_file("a\nb\na\n", *sampling, 3)
+    kept = [expected[i] for i in (4, 7)]  # the second sample of b, and of a
+    output.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    continue_file("a\nb\na\n", *sampling, 3, "--output", output)
+    assert records(output.read_bytes()) == kept + [expected[i] for i in (0, 2, 3, 5, 6, 7, 8)]
+
+
+def test_a_fifo_of_prompts(continue_file, inside, flags, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    writer = threading.Thread(target=(tmp_path / "fifo").write_text, args=("a\nb\n",))
+    writer.start()
+    assert records(inside("--prompts_file", tmp_path / "fifo", *flags)[1]) == continue_file("a\nb\n")
+    writer.join()
+
+
 def test_finished_prompts_are_skipped_wherever_they_stand(continue_file, tmp_path, monkeypatch):
     output = tmp_path / "output"
     continue_file("a\nb\na\n", "--output", output)
@@ -239,6 +259,8 @@ def test_finished_prompts_are_skipped_wherever_they_stand(continue_file, tmp_pat
         ("p --output {tmp}/list", ["{tmp}/list, line 1"]),
         ("p --output {tmp}/notes", ["{tmp}/notes, line 1", "another --output"]),
         ("p --output /dev/full", ["/dev/full is not a file"]),
+        ("p --output -", ["--output - is not a file", "standard output"]),
+        ("p --output {tmp}/numbers", ["{tmp}/numbers, line 1", "another --output"]),
         ("p --output {tmp}/new --model_size ../x", ["../x"]),
         ("p x", ["one of a prompt", "--prompts_file"]),
         ("p --batch_size 0", ["--batch_size", "at least 1"]),
@@ -250,6 +272,7 @@ def test_finished_prompts_are_skipped_wherever_they_stand(continue_file, tmp_pat
 def test_mistakes_change_no_file(inside, flags, tmp_path, arguments, words):
     line = b'{"prompt": "a", "sample": 1, "stop_reason": "length"}\n'
     before = {"empty": b"", "latin": b"caf\xe9\n", "p": b"a\nb\n", "other": line + b"hello\n", "list": b"[1]\n"}
+    before["numbers"] = line.replace(b"1", b"1.5")
     before["notes"] = b"precious, and without a line break"
     for name, data in before.items():
         (tmp_path / name).write_bytes(data)

@@ -2,13 +2,13 @@
 
 import codecs
 import contextlib
-import errno
 import json
 import os
 import pty
 import re
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +19,11 @@ import numpy as np
 import pytest
 
 from cli import session
+from encoder import bytes_to_unicode
 from tests.conftest import ROOT, TINY
 from tests.programs import SECONDS, assert_mistake, assert_prints, command, run, started
 from tests.random_model import random_tensors, write_byte_vocabulary, write_safetensors
+from weights import resources
 
 TWELVE = "щфюэъы"  # twelve tokens, one per byte: the text that the vocabulary was learned from has no Cyrillic letters
 N_8 = ["--n_tokens_to_generate", "8"]
@@ -42,6 +44,7 @@ real, session.make_sampler = session.make_sampler, make_sampler
 sys.exit(generate.run())
 """
 LETTERS = {"a": 0.4, "b": 0.3, "c": 0.15, "d": 0.1, "e": 0.05}  # probabilities of the letters model, for any prompt
+CONTROLS = b"a\t\n\x1b\x07\r\x7f\x08"  # tokens of the controls model, equally likely
 
 
 # Models
@@ -67,12 +70,17 @@ def letters_dir(tmp_path_factory):
     models_dir = tmp_path_factory.mktemp("letters")
     make_letters_model(models_dir / "letters", LETTERS)
     make_letters_model(models_dir / "ending", {"a": 0.6, "<|endoftext|>": 0.4})
+    symbols = [bytes_to_unicode()[byte] for byte in CONTROLS]
+    make_letters_model(models_dir / "controls", dict.fromkeys(symbols, 1 / len(symbols)))
     return models_dir
 
 
 @pytest.fixture
 def letters_flags(letters_dir):
     return ["--model_size", "letters", "--models_dir", str(letters_dir)]
+
+
+needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
 
 
 # The prompt and the text
@@ -153,10 +161,10 @@ def test_options_choose_the_sampled_tokens(inside, letters_flags, flags, letters
     assert set(text) == set(letters)
 
 
-@pytest.mark.parametrize("flags", [["--top_k", 3], ["--top_p", 0.9], ["--seed", 1]])
+@pytest.mark.parametrize("flags", [["--top_k", 3], ["--top_p", 0.9], ["--seed", 1], ["--n_samples", 2]])
 def test_options_without_effect_at_temperature_0_are_noted(inside, letters_flags, flags):
     code, out, err = inside("x", "--n_tokens_to_generate", 3, *flags, *letters_flags)
-    assert (code, out) == (0, b"aaa\n")
+    assert code == 0 and out.endswith(b"aaa\n")
     assert err.startswith(b"note: ") and b"--temperature" in err and err.count(b"\n") == 1
 
 
@@ -187,11 +195,91 @@ def test_stop_at_end_of_text(inside, letters_dir):
     assert 0 in lengths and len(lengths) > 1
 
 
+def test_stop_at_end_of_text_needs_that_token(inside):
+    flags = ["--model_size", "shakespeare", "--models_dir", ROOT / "models", "--stop_at_end_of_text"]
+    assert_mistake(inside("x", *flags), "shakespeare has no <|endoftext|>", "leave out --stop_at_end_of_text")
+
+
 def test_streamed_bytes_are_the_same(inside, tiny_flags):
     flags = ["你好", "--n_tokens_to_generate", 100, "--temperature", 2, "--seed", 3, "--n_samples", 2, *tiny_flags]
     streamed, whole, default = inside(*flags, "--stream"), inside(*flags, "--no-stream"), inside(*flags)
     assert streamed == whole == default
     assert len(whole[1]) > 200
+
+
+# Resources
+
+
+@pytest.mark.parametrize("flags", [[], ["--prompts_file", "-", "--batch_size", 5]])
+def test_samples_are_started_when_there_is_room_in_the_batch(inside, letters_flags, monkeypatch, flags):
+    made, make = [], session.make_sampler
+
+    def make_sampler(*arguments):
+        if len(made) == 30:
+            raise KeyboardInterrupt
+        made.append(make(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(session, "make_sampler", make_sampler)
+    flags = ["--n_samples", 10**6, "--temperature", 1, "--n_tokens_to_generate", 5, *flags]
+    code, out, err = inside(*flags, *letters_flags, typed=b"x\n" * 3)
+    assert (code, err) == (130, b"") and 20 <= out.count(b"sample") <= 30
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_refused(inside, tiny_flags, monkeypatch):
+    flags = ["x", *N_8, *tiny_flags, "--n_samples", 1000, "--temperature", 1, "--batch_size"]
+    per_row = 4 * (TINY["n_layer"] * 2 * TINY["n_embd"] * (1 + 8) + TINY["n_vocab"])
+    monkeypatch.setattr(resources, "available_memory", lambda: 1000 * per_row - 1)
+    words = ["a batch of 1000 continuations", resources.format_bytes(1000 * per_row), "set a smaller --batch_size"]
+    assert_mistake(inside(*flags, 10**9), *words)
+    assert inside(*flags, 999)[0] == 0
+    monkeypatch.setattr(resources, "available_memory", lambda: 0)
+    assert_mistake(inside(*flags, 1), "needs about", "0 bytes")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs /dev/zero")
+@pytest.mark.parametrize("flags", ["--prompts_file /dev/zero", "--prompts_file -", "-", "--interactive"])
+def test_an_endless_input_is_refused(tiny_flags, flags):
+    with open("/dev/zero", "rb") as endless:
+        assert_mistake(run(*flags.split(), *tiny_flags, input=None, stdin=endless), "has more than", "MB")
+
+
+# Damaged weights
+
+
+@pytest.fixture(scope="session")
+def damaged_dir(tmp_path_factory, tiny_models_dir, tiny_tensors):
+    """Copies of the tiny model in which one parameter is NaN or infinite, and the tiny model itself."""
+    models_dir = tmp_path_factory.mktemp("damaged")
+    (models_dir / "tiny").symlink_to(tiny_models_dir / "tiny")
+    for name, tensor, value in (
+        ("nan", "h1/mlp/c_proj/w", np.nan),
+        ("inf", "wte", np.inf),
+        ("minus", "h0/attn/c_attn/b", -np.inf),
+    ):
+        shutil.copytree(tiny_models_dir / "tiny", models_dir / name)
+        tensors = tiny_tensors | {tensor: tiny_tensors[tensor].copy()}
+        tensors[tensor].flat[7] = value
+        write_safetensors(models_dir / name, TINY, tensors)
+    return models_dir
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("model", ["nan", "inf", "minus"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *("x", "x --stream", "x --n_samples 3 --temperature 1", "x --temperature 0.7 --top_k 9 --top_p 0.5"),
+        *("x --speculate lookup", "x --draft_model tiny", "--interactive"),
+        *("--prompts_file - --output out.jsonl", "x --explain", "x --explain out.html"),
+    ],
+)
+def test_damaged_weights_give_one_line_and_no_text(inside, damaged_dir, tmp_path, monkeypatch, model, flags):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--models_dir", damaged_dir, "--model_size", model, *flags.split()]
+    code, out, err = inside(*flags, typed=b"x\n")
+    assert_mistake((code, out.strip(), err), "the logits are not finite: the weights are damaged")
+    assert list(tmp_path.iterdir()) == []
 
 
 # Mistakes
@@ -228,11 +316,41 @@ def test_arguments_or_an_input_that_are_not_utf_8(inside, tiny_flags, monkeypatc
         assert_mistake(inside(*tiny_flags, "--model_size", "124M", option, "/dev/null/\udcff"))
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
-def test_standard_output_on_a_full_disk(letters_flags):
+@needs_dev_full
+@pytest.mark.parametrize("script", ["gpt2.py", "train.py", "evaluate.py", "baby_gpt.py", "official/compare.py"])
+def test_standard_output_on_a_full_disk(script):
     with open("/dev/full", "wb") as full:
-        code, _, err = run("x", *letters_flags, capture_output=False, stdout=full, stderr=subprocess.PIPE)
-    assert_mistake((code, b"", err), os.strerror(errno.ENOSPC))
+        code, _, err = run("--help", script=script, capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert_mistake((code, b"", err), "cannot write the output: No space left on device", script=script)
+
+
+@needs_dev_full
+@pytest.mark.parametrize(
+    ("arguments", "expected"), [(["x ", "--n_tokens_to_generate", "3"], (0, b"aaa\n")), (["--no_such_flag"], (2, b""))]
+)
+def test_messages_are_lost_if_standard_error_is_on_a_full_disk(letters_flags, arguments, expected):
+    options = {"capture_output": False, "stdout": subprocess.PIPE}
+    with open("/dev/full", "wb") as full:
+        assert run(*arguments, *letters_flags, stderr=full, **options)[:2] == expected
+
+
+def test_an_error_of_a_stream_is_named(tiny_flags, tmp_path):
+    with open(tmp_path / "written", "wb") as f:
+        assert_mistake(run("-", *tiny_flags, input=None, stdin=f), "input or output failed: Bad file descriptor")
+
+
+def test_error_lines_have_no_control_characters(inside, tiny_flags, tmp_path):
+    (tmp_path / "a\x1b[31m\nb").touch()
+    result = inside("--prompts_file", tmp_path / "a\x1b[31m\nb", *tiny_flags)
+    assert_mistake(result, "a\ufffd[31m b is empty")
+
+
+def test_names_that_are_not_utf_8_are_printed(tmp_path):
+    (tmp_path / "text").write_text("To be, or not to be", encoding="utf-8")
+    os.rename(tmp_path / "text", name := os.fsencode(tmp_path) + b"/\xff")
+    flags = ["--model_size", "shakespeare", "--models_dir", ROOT / "models"]
+    code, out, err = run(name, *flags, script="evaluate.py")
+    assert (code, err) == (0, b"") and b"\\udcff (all)" in out
 
 
 @pytest.mark.parametrize("line", ['"$@" x >&-', '"$@" - <&-'])
@@ -269,8 +387,8 @@ def hanging(*arguments):
     ("flags", "before", "after"),
     [
         ("", b"", b"aaa\n"),
-        ("--stream --n_samples 2", b"=== sample 1 ===\naaa", b"\n"),
-        ("--n_samples 2", b"", b"=== sample 1 ===\naaa\n=== sample 2 ===\naaa\n"),
+        ("--stream --n_samples 2 --temperature 0.02", b"=== sample 1 ===\naaa", b"\n"),
+        ("--n_samples 2 --temperature 0.02", b"", b"=== sample 1 ===\naaa\n=== sample 2 ===\naaa\n"),
     ],
 )
 def test_tokens_are_printed_early_if_streamed_and_at_ctrl_c_in_any_case(letters_flags, flags, before, after):
@@ -290,15 +408,25 @@ def test_interrupt_while_reading_the_prompt(inside, letters_flags, monkeypatch):
 
     monkeypatch.setattr(session, "read_prompt", interrupted)
     assert inside("-", *letters_flags) == (130, b"", b"")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # for who called run()
 
 
-@pytest.mark.parametrize("flag", ["--stream", "--no-stream"])
-def test_nobody_reads_the_output(letters_flags, flag):
+@pytest.mark.parametrize(
+    ("arguments", "stream", "code"),
+    [
+        (["x", "--stream"], "stdout", 141),
+        (["x", "--no-stream"], "stdout", 141),
+        (["x "], "stderr", 141),
+        (["x", "--no_such_flag"], "stderr", 2),
+    ],
+)
+def test_nobody_reads_the_output(letters_flags, arguments, stream, code):
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "wb") as pipe:
-        code, _, err = run("x", flag, *letters_flags, capture_output=False, stdout=pipe, stderr=subprocess.PIPE)
-    assert (code, err) == (141, b"")
+        options = {"capture_output": False, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: pipe}
+        found, out, err = run(*arguments, *letters_flags, **options)
+    assert (found, out or b"", err or b"") == (code, b"", b"")
 
 
 # Interactive
@@ -314,7 +442,7 @@ def test_each_line_is_answered_and_a_bad_one_does_not_end_the_session(inside, ti
 
 
 def test_each_answer_has_its_samples(inside, letters_flags):
-    flags = ["--interactive", "--n_samples", 2, "--n_tokens_to_generate", 2, *letters_flags]
+    flags = ["--interactive", "--n_samples", 2, "--n_tokens_to_generate", 2, "--temperature", 0.02, *letters_flags]
     one = "=== sample 1 ===\naa\n=== sample 2 ===\naa"
     assert_prints(inside(*flags, typed=b"x\ny\n"), one + "\n" + one)
     assert inside(*flags, typed=b"") == (0, b"", b"")
@@ -412,6 +540,20 @@ def test_terminal_shows_a_bar_only_if_tokens_are_not_streamed(terminal, letters_
     shown, code = terminal(command(*arguments, "--no-stream")).read_to_the_end()
     assert code == 0
     assert "generating" in shown and shown.endswith("aaaaa\n")
+
+
+@pytest.mark.parametrize("flags", ["", "--no-stream", "--n_samples 2", "--interactive", "--prompts_file -"])
+def test_control_characters_are_shown_at_a_terminal_and_exact_elsewhere(terminal, inside, letters_dir, flags):
+    model = ["--models_dir", letters_dir, "--model_size", "controls", "--temperature", "1", "--seed", "1"]
+    arguments = [*model, *flags.split(), "--n_tokens_to_generate", "100"]
+    screen, is_interactive = terminal(command(*arguments)), "--interactive" in arguments
+    if is_interactive:
+        screen.read_until("prompt> ")
+    screen.type("x\n" if is_interactive else "x\n\x04")
+    shown = screen.read_until("prompt> ") if is_interactive else screen.read_to_the_end()[0]
+    assert "\ufffd" in shown and not set(shown) & set("\x1b\x07\x7f\x08")
+    text = inside(*arguments, typed=b"x\n")[1]
+    assert set(json.loads(text)["text"].encode() if "--prompts_file" in arguments else text) >= set(CONTROLS)
 
 
 def test_a_bar_is_cleared_for_printed_items(monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """engines/speculative.py: draft tokens change how fast a text is generated, never the text."""
 
 import re
+import time
 
 import numpy as np
 import pytest
@@ -84,6 +85,13 @@ def test_a_draft_model_drafts_its_greedy_tokens(params, theirs):
         assert draft.draft(text, 4) == their_greedy_ids(theirs, text, 4)
     for n_text, n_draft in ((TINY["n_ctx"] - 3, 3), (TINY["n_ctx"], 0), (TINY["n_ctx"] + 5, 0)):
         assert len(draft.draft([1] * n_text, 9)) == n_draft
+
+
+def test_a_damaged_draft_model_is_noticed():
+    tensors = random_tensors(TINY)
+    tensors["ln_f/b"][0] = np.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        Draft(nest(tensors, TINY["n_layer"]), N_HEAD, 0.1).draft(INPUTS[0], 1)
 
 
 # The text
@@ -174,6 +182,10 @@ def test_the_best_length_follows_from_rate_and_costs():
 # The command line
 
 
+def numbers(err):
+    return [float(number) for number in re.findall(r"\d+(?:\.\d+)?", err.decode())]
+
+
 @pytest.mark.parametrize("drafts", [["--speculate", "lookup"], ["--draft_model", "tiny"]])
 @pytest.mark.parametrize("flags", [[], ["--temperature", 1, "--seed", 3, "--n_samples", 2]])
 def test_the_text_is_the_same_and_a_report_follows(inside, tiny_flags, drafts, flags):
@@ -181,10 +193,22 @@ def test_the_text_is_the_same_and_a_report_follows(inside, tiny_flags, drafts, f
         arguments = [*flags, *tiny_flags, "--n_tokens_to_generate", 30]
         code, out, err = inside(*arguments, *drafts, "--", prompt)
         assert (code, out) == (0, inside(*arguments, "--", prompt)[1])
-        assert re.fullmatch(r"note: tokens: .*, passes: .*, draft tokens: .*, accepted: .* tokens/s\n", err.decode())
-        n_tokens, n_passes, per_pass, n_draft, n_accepted, _ = map(float, re.findall(r"[\d.]+", err.decode()))
+        report = r"note: tokens: .*, passes: .*, draft tokens: .*, accepted: .* tokens/s, including .* s to copy .*\n"
+        assert re.fullmatch(report, err.decode())
+        n_tokens, n_passes, per_pass, n_draft, n_accepted, *_ = numbers(err)
         assert n_draft >= n_accepted == n_tokens - n_passes and n_tokens == 30 * (2 if flags else 1)
         assert per_pass == pytest.approx(n_tokens / n_passes, abs=0.01)
+
+
+def test_only_the_first_answer_counts_the_copy_of_the_weights(inside, tiny_flags, monkeypatch):
+    copied = parallel.small_batch_model
+    monkeypatch.setattr(parallel, "small_batch_model", lambda *model: time.sleep(0.5) or copied(*model))
+    arguments = [*tiny_flags, "--n_tokens_to_generate", 8, "--speculate", "lookup", "--interactive"]
+    first, second = inside(*arguments, typed=b"one\ntwo\n")[2].splitlines()
+    *_, speed, copying = numbers(first)
+    assert copying >= 0.5
+    assert speed <= 16  # 8 tokens in at least half a second
+    assert b"to copy" in first and b"to copy" not in second
 
 
 def test_a_draft_model_needs_the_same_vocabulary_and_excludes_lookup(inside, tmp_path, tiny_models_dir):
