@@ -9,8 +9,8 @@ import sys
 import time
 
 import numpy as np
-from common import bandwidth, machine, median, model_124m, random_ids, read_seconds, seconds, spread, table
-from inference_engines import engines, in_turn
+from common import bandwidth, in_turn, machine, median, model_124m, random_ids, read_seconds, seconds, spread, table
+from inference_engines import engines
 
 import gpt2
 from engines.parallel import small_batch_model
@@ -70,6 +70,8 @@ def measure(engine, n_rows, n_tokens):
 
 def batch_table(found, rounds):
     results, speeds = {(n_rows, engine): [] for n_rows in BATCHES for engine in found}, {n: [] for n in BATCHES}
+    for n_rows, engine in results:
+        engine.call(measure, n_rows, N_TOKENS)  # untimed: an engine may compile code for this shape
     for turn in range(rounds):
         for n_rows in BATCHES:
             speeds[n_rows].append(bandwidth([read_seconds()]))
@@ -101,8 +103,6 @@ def main():
     pass_table(rounds)
     found = engines()
     print(", ".join(f"{engine.name} {engine.version}" for engine in found[1:]))
-    for engine in found:
-        engine.call(measure, 2, 4)
     batch_table(found, rounds)
 
 

@@ -1,14 +1,17 @@
 """The engines that the benchmarks compare, all with the weights of models/random-124M, float32 and 2 threads.
 
 Each engine has a name, a version, run(ids, n_tokens), which yields greedy ids one by one, and run_batch(rows, n_tokens)
-for prompts of equal length, which returns a list of ids for each. None stops at an end token. A converted model is kept
-in a subfolder of the model's folder, created at the first use; delete it to convert the model again.
+for prompts of equal length, which returns a list of ids for each. None stops at an end token. An engine may compile
+code for the shapes of a call, so the first call with new shapes is not to be timed. A converted model is kept in a
+subfolder of the model's folder, created at the first use; delete it to convert the model again.
 """
 
 import functools
+import logging
 import multiprocessing
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -59,7 +62,9 @@ class Stepwise:
 
 
 class Transformers(Stepwise):
-    name, packages = "transformers", "torch transformers"
+    """GPT2LMHeadModel in eager mode, as transformers loads it."""
+
+    name, packages = "transformers (eager)", "torch transformers"
 
     def __init__(self):
         import torch
@@ -72,14 +77,51 @@ class Transformers(Stepwise):
 
     def steps(self, rows, n_tokens):
         """Use its key/value cache and only the last position's logits, as its generate() does."""
-        torch = self.torch
-        with torch.inference_mode():
-            new, past = torch.tensor(rows), None
-            for _ in range(n_tokens):
-                out = self.model(new, past_key_values=past, use_cache=True, logits_to_keep=1)
-                past = out.past_key_values
-                new = out.logits[:, -1:].argmax(-1)
+        with self.torch.inference_mode():
+            new, past = self.torch.tensor(rows), self.new_cache(len(rows), len(rows[0]) + n_tokens)
+            for i in range(n_tokens):
+                model = self.decode if i else self.model
+                new = model(new, past_key_values=past, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
                 yield new[:, 0].tolist()
+
+    @property
+    def decode(self):
+        """What computes the tokens after the first."""
+        return self.model
+
+    def new_cache(self, _n_rows, _n_max):
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
+
+class CompiledTransformers(Transformers):
+    """The same with torch.compile and a static cache, which transformers recommends for it.
+
+    As in its generate(), the prompt is computed in eager mode and the steps after it are compiled, here once per shape
+    of the cache.
+    """
+
+    name, packages = "transformers (torch.compile)", "torch transformers"
+
+    def __init__(self):
+        super().__init__()
+        if not shutil.which(os.environ.get("CXX", "g++")):
+            raise ImportError("torch.compile needs a C++ compiler")
+        self.torch._dynamo.config.recompile_limit = 64  # one for each shape of the cache
+        self.caches = {}  # by shape: the compiled code is for the addresses of their tensors
+
+    @functools.cached_property
+    def decode(self):
+        return self.torch.compile(self.model, dynamic=False, fullgraph=True)
+
+    def new_cache(self, n_rows, n_max):
+        from transformers import StaticCache
+
+        if (n_rows, n_max) not in self.caches:
+            self.caches[n_rows, n_max] = StaticCache(config=self.model.config, max_cache_len=n_max)
+        self.caches[n_rows, n_max].reset()
+        return self.caches[n_rows, n_max]
 
 
 class OnnxRuntime(Stepwise):
@@ -168,6 +210,94 @@ class CTranslate2:
         return [result.sequences_ids[0] for result in self.generator.generate_batch(prompts, **options)]
 
 
+class LlamaCpp(Stepwise):
+    """Keys and values are float32 too, which is not its default; its GELU is a table of float16 in any case."""
+
+    name, packages = "llama.cpp", "llama-cpp-python gguf"
+
+    def __init__(self):
+        import llama_cpp
+
+        logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
+        self.api, self.version = llama_cpp, f"from llama-cpp-python {llama_cpp.__version__}"
+        path = converted("llama.cpp", self.convert) / "model.gguf"
+        self.model = llama_cpp.llama_model_load_from_file(os.fsencode(path), llama_cpp.llama_model_default_params())
+        self.n_vocab, self.contexts = model_124m()[1]["n_vocab"], {}
+
+    @staticmethod
+    def convert(folder):
+        """Write the weights as a GGUF file, as llama.cpp's convert_hf_to_gguf.py does but without the vocabulary."""
+        import gguf
+
+        _, hparams, params = model_124m()
+        folder.mkdir()
+        writer = gguf.GGUFWriter(folder / "model.gguf", "gpt2")
+        writer.add_context_length(hparams["n_ctx"])
+        writer.add_embedding_length(hparams["n_embd"])
+        writer.add_feed_forward_length(4 * hparams["n_embd"])
+        writer.add_block_count(hparams["n_layer"])
+        writer.add_head_count(hparams["n_head"])
+        writer.add_layer_norm_eps(1e-5)
+        writer.add_vocab_size(hparams["n_vocab"])
+        writer.add_tokenizer_model("no_vocab")
+        for name, tensor in gguf_tensors(**params):
+            writer.add_tensor(name, np.ascontiguousarray(tensor))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    def context(self, n_rows, n_max):
+        """Return a context with an empty key/value cache of n_max positions per row."""
+        if (n_rows, n_max) not in self.contexts:
+            self.contexts[n_rows, n_max] = self.new_context(n_rows, n_max)
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.contexts[n_rows, n_max]), True)
+        return self.contexts[n_rows, n_max]
+
+    def new_context(self, n_rows, n_max):
+        options = self.api.llama_context_default_params()
+        options.n_threads = options.n_threads_batch = N_THREADS
+        options.n_ctx, options.n_seq_max = n_rows * n_max, n_rows
+        options.n_batch = n_rows * n_max
+        options.type_k = options.type_v = self.api.GGML_TYPE_F32
+        return self.api.llama_init_from_model(self.model, options)
+
+    def steps(self, rows, n_tokens):
+        context, n_past = self.context(len(rows), len(rows[0]) + n_tokens), 0
+        for _ in range(n_tokens):
+            new = self.next_ids(context, rows, n_past)
+            n_past, rows = n_past + len(rows[0]), [[i] for i in new]
+            yield new
+
+    def next_ids(self, context, rows, n_past):
+        """Compute the new ids of each row, at positions from n_past on, and return the most likely next ids."""
+        places = [(row, place) for row, ids in enumerate(rows) for place in range(len(ids))]
+        batch = self.api.llama_batch_init(len(places), 0, 1)
+        batch.n_tokens = len(places)
+        for i, (row, place) in enumerate(places):
+            batch.token[i], batch.pos[i] = rows[row][place], n_past + place
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
+            batch.logits[i] = place == len(rows[row]) - 1
+        if self.api.llama_decode(context, batch):
+            raise RuntimeError("llama_decode failed")
+        logits = [self.api.llama_get_logits_ith(context, i) for i in range(len(places)) if batch.logits[i]]
+        self.api.llama_batch_free(batch)
+        return [int(np.ctypeslib.as_array(row, (self.n_vocab,)).argmax()) for row in logits]
+
+
+def gguf_tensors(wte, wpe, blocks, ln_f):
+    """Yield (name, tensor) as llama.cpp names and lays them out: weights are [n_out, n_in] there."""
+    yield from (("token_embd.weight", wte), ("position_embd.weight", wpe))
+    yield from (("output_norm.weight", ln_f["g"]), ("output_norm.bias", ln_f["b"]))
+    for i, block in enumerate(blocks):
+        attn, mlp = block["attn"], block["mlp"]
+        for name, norm in (("attn_norm", block["ln_1"]), ("ffn_norm", block["ln_2"])):
+            yield from ((f"blk.{i}.{name}.weight", norm["g"]), (f"blk.{i}.{name}.bias", norm["b"]))
+        layers = {"attn_qkv": attn["c_attn"], "attn_output": attn["c_proj"]}
+        for name, layer in (layers | {"ffn_up": mlp["c_fc"], "ffn_down": mlp["c_proj"]}).items():
+            yield from ((f"blk.{i}.{name}.weight", layer["w"].T), (f"blk.{i}.{name}.bias", layer["b"]))
+
+
 class Decimals:
     """The attributes of a tokenizer that CTranslate2's converter reads."""
 
@@ -221,16 +351,10 @@ def started(engine):
     return engine()
 
 
-def in_turn(found, turn):
-    """Return the engines in the order of a round, a different one first in each."""
-    first = turn % len(found)
-    return found[first:] + found[:first]
-
-
 def engines():
     """Return ours and every peer that can be imported; a line on standard error says how to install the others."""
     found = [Apart(Ours)]
-    for peer in (Transformers, OnnxRuntime, CTranslate2):
+    for peer in (Transformers, CompiledTransformers, OnnxRuntime, CTranslate2, LlamaCpp):
         try:
             found.append(Apart(peer))
         except ImportError as error:

@@ -1,14 +1,14 @@
 """This program and other engines in turns, with the same weights, ids and 2 threads: python bench/peers.py [ROUNDS]
 
-The others are those of transformers, ONNX Runtime and CTranslate2 that are installed (bench/requirements.txt). A
-speedup is the time of the other engine divided by ours; above 1, ours is faster.
+The others are those of transformers (eager, and with torch.compile), ONNX Runtime, CTranslate2 and llama.cpp that are
+installed (bench/requirements.txt). A speedup is the time of the other engine divided by ours; above 1, ours is faster.
 """
 
 import sys
 import time
 
-from common import bandwidth, machine, median, random_ids, read_seconds, table
-from inference_engines import engines, in_turn
+from common import bandwidth, in_turn, machine, median, random_ids, read_seconds, table
+from inference_engines import engines
 
 N_TOKENS = 16
 IDLE = 0.3  # seconds to wait before each turn: the threads of an engine spin for a while
@@ -27,6 +27,8 @@ def measure(engine, context, n_tokens):
 def rows(context, found, rounds):
     """The table's rows for a context, one per engine, ours first."""
     results, speeds = {engine: [] for engine in found}, []
+    for engine in found:
+        engine.call(measure, context, N_TOKENS)  # untimed: an engine may compile code for this shape
     for turn in range(rounds):
         speeds.append(bandwidth([read_seconds() for _ in range(3)]))
         for engine in in_turn(found, turn):
@@ -50,8 +52,6 @@ def main():
     found = engines()
     versions = ", ".join(f"{engine.name} {engine.version}" for engine in found[1:])
     print(f"{machine()}; {versions}; 2 threads, medians of {rounds} rounds in turns")
-    for engine in found:
-        engine.call(measure, 64, 4)
     times = ["ms to first token", "speedup", "ms per token", "speedup"]
     head = ["context", "engine", *times, "read GB/s", "same ids"]
     table(head, [row for context in (32, 512, 900, 1000) for row in rows(context, found, rounds)])

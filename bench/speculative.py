@@ -8,13 +8,19 @@ tokens without any repetition.
 
 For 1558M a model of 124M shape drafts. Each draft token is replaced by the text's next token with the given acceptance
 rate, and by another one otherwise.
+
+A speedup is the time of decoding token by token divided by that of speculative decoding. Times are those of the tokens
+after the first, since the first is the prompt's. A process that speculates copies the weights into another layout
+before it generates; `speedup` counts the copy once, `after the copy` leaves it out, and `break-even` is the number of
+tokens from which on speculation has made up for it.
 """
 
+import functools
 import sys
 import time
 
 import numpy as np
-from common import DATA, SIZE_124M, machine, median, model_124m, table
+from common import DATA, SIZE_124M, in_turn, machine, median, model_124m, some_tensors, table
 
 import gpt2
 from engines.parallel import small_batch_model
@@ -24,6 +30,7 @@ from weights.names import n_params, nest, tensor_shapes
 
 SIZE_1558M = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 1600, "n_head": 25, "n_layer": 48}
 N_PROMPT, N_TOKENS, N_DRAFTED = 16, 600, 48
+IDLE = 0.3  # seconds to wait before each measurement: BLAS's threads spin for a while
 PROMPTS = ["ROMEO:", "First Citizen:", "KING", "JULIET:\nO Romeo"]
 
 
@@ -64,6 +71,7 @@ def replay(text):
 
 def seconds_for(tokens):
     """Return the time of all tokens after the first."""
+    time.sleep(IDLE)
     next(tokens)
     start = time.perf_counter()
     for _ in tokens:
@@ -71,29 +79,57 @@ def seconds_for(tokens):
     return time.perf_counter() - start
 
 
-def lookup_times(text, params, small, n_head, rounds):
-    """Return (passes, [seconds plain, seconds with lookup] of each round)."""
-    times, n, (model, small_params) = [], len(text) - N_PROMPT, small
+def copied(params, n_head, rounds):
+    """Return (median seconds, (model, params)) of small_batch_model, made once per round."""
+    spent, small = [], None
     for _ in range(rounds):
-        speculation = Speculation(small_params, n_head, model=model)
-        plain = seconds_for(gpt2.generate_tokens(text[:N_PROMPT], params, n_head, n, replay(text)))
-        times.append([plain, seconds_for(speculation.generate_tokens(text[:N_PROMPT], n, replay(text)))])
-    return speculation.n_passes, times
+        del small  # frees its memory
+        start = time.perf_counter()
+        small = small_batch_model(params, n_head)
+        spent.append(time.perf_counter() - start)
+    return median(spent), small
 
 
-def lookup_row(name, passes, times, n):
-    plain, lookup = zip(*times, strict=True)
-    speeds = [f"{(n - 1) / median(spent):.0f}" for spent in (plain, lookup)]
-    return [name, f"{n / passes:.2f}", *speeds, f"{median(a / b for a, b in times):.2f}"]
+def times(variants, rounds):
+    """Return {name: seconds of each round} of variants {name: a function that returns the tokens}, in turns."""
+    spent = {name: [] for name in variants}
+    for turn in range(rounds):
+        for name in in_turn(list(variants), turn):
+            spent[name].append(seconds_for(variants[name]()))
+    return spent
+
+
+def cells(n, passes, plain, fast, copying):
+    """Return a row's numbers from the seconds of each round for n tokens, and those of copying the weights."""
+    saved = (median(plain) - median(fast)) / (n - 1)  # per token
+    rates = [f"{(n - 1) / median(spent):.1f}" for spent in (plain, fast)]
+    speedups = [f"{median(a / (b + c) for a, b in zip(plain, fast, strict=True)):.2f}" for c in (copying, 0)]
+    return [f"{n / passes:.2f}", *rates, *speedups, f"{copying / saved:.0f}" if saved > 0 else "never"]
+
+
+def lookup_times(text, params, small, n_head, rounds):
+    """Return (passes, seconds of each round plain, with lookup)."""
+    n, speculation = len(text) - N_PROMPT, Speculation(small[1], n_head, model=small[0])
+
+    def plain():
+        return gpt2.generate_tokens(text[:N_PROMPT], params, n_head, n, replay(text))
+
+    def lookup():
+        speculation.reset_counts()
+        return speculation.generate_tokens(text[:N_PROMPT], n, replay(text))
+
+    spent = times({"plain": plain, "lookup": lookup}, rounds)
+    return speculation.n_passes, *spent.values()
 
 
 def lookup_rows(params, n_head, rounds):
-    small = small_batch_model(params, n_head)
+    copying, small = copied(params, n_head, rounds)
+    print(f"124M: the weights are copied in {copying:.2f} s")
     found = {name: lookup_times(text, params, small, n_head, rounds) for name, text in texts().items()}
-    rows = [lookup_row(name, *result, N_TOKENS) for name, result in found.items()]
-    ours = list(found.values())[: len(PROMPTS)]  # those of the bundled model, as one long text
-    times = np.sum([times for _, times in ours], axis=0).tolist()
-    rows.insert(len(PROMPTS), lookup_row("these together", sum(p for p, _ in ours), times, N_TOKENS * len(PROMPTS)))
+    rows = [[name, *cells(N_TOKENS, *result, copying)] for name, result in found.items()]
+    passes, *spent = zip(*list(found.values())[: len(PROMPTS)], strict=True)  # those of the bundled model, as one text
+    together = [np.sum(rounds, axis=0).tolist() for rounds in spent]
+    rows.insert(len(PROMPTS), ["these together", *cells(N_TOKENS * len(PROMPTS), sum(passes), *together, copying)])
     return rows
 
 
@@ -109,52 +145,40 @@ class ReplayedDraft:
         return [self.text[i] if self.rng.random() < self.rate else self.text[i] ^ 1 for i in places]
 
 
-def some_params(hparams):
-    """Return parameters that repeat a few random numbers: the time of a product does not depend on them."""
-    numbers = 0.02 * np.random.default_rng(0).standard_normal(10**6, dtype=np.float32)
-    tensors = {name: np.resize(numbers, shape) for name, shape in tensor_shapes(**hparams).items()}
-    return nest(tensors, hparams["n_layer"])
-
-
 def draft_rows(rounds):
-    _, small, small_params = model_124m()
-    draft_model, small_params = small_batch_model(small_params, small["n_head"])
-    params, n_head = some_params(SIZE_1558M), SIZE_1558M["n_head"]
+    _, hparams, small_params = model_124m()
+    params, n_head = nest(some_tensors(SIZE_1558M), SIZE_1558M["n_layer"]), SIZE_1558M["n_head"]
     text = np.random.default_rng(0).permutation(SIZE_124M["n_vocab"])[: N_PROMPT + N_DRAFTED].tolist()
-    cost = n_params(tensor_shapes(**small)) / n_params(tensor_shapes(**SIZE_1558M))
-    model, laid_out = small_batch_model(params, n_head)
-    speculation, rates = Speculation(laid_out, n_head, model=model), (0.5, 0.7, 0.9)
-    plain, spent, passes = [], {rate: [] for rate in rates}, {}
-    for _ in range(rounds):
-        plain.append(seconds_for(gpt2.generate_tokens(text[:N_PROMPT], params, n_head, N_DRAFTED, replay(text))))
-        for rate in rates:
-            speculation.make_drafter = lambda rate=rate: ReplayedDraft(
-                Draft(small_params, small["n_head"], cost, draft_model), text, rate
-            )
-            speculation.reset_counts()
-            spent[rate].append(seconds_for(speculation.generate_tokens(text[:N_PROMPT], N_DRAFTED, replay(text))))
-            passes[rate] = speculation.n_passes
-    n = N_DRAFTED - 1
-    return [
-        [
-            f"1558M, draft 124M, acceptance rate {rate}",
-            f"{N_DRAFTED / passes[rate]:.2f}",
-            f"{n / median(plain):.2f}",
-            f"{n / median(spent[rate]):.2f}",
-            f"{median(a / b for a, b in zip(plain, spent[rate], strict=True)):.2f}",
-        ]
-        for rate in rates
-    ]
+    cost = n_params(tensor_shapes(**hparams)) / n_params(tensor_shapes(**SIZE_1558M))
+    copying, (model, copy) = copied(params, n_head, rounds)
+    copying_draft, (draft_model, draft_params) = copied(small_params, hparams["n_head"], rounds)
+    print(f"1558M: the weights are copied in {copying:.2f} s, those of the draft model in {copying_draft:.2f} s")
+    speculation, passes = Speculation(copy, n_head, model=model), {}
+
+    def plain():
+        return gpt2.generate_tokens(text[:N_PROMPT], params, n_head, N_DRAFTED, replay(text))
+
+    def drafted(rate):
+        draft = Draft(draft_params, hparams["n_head"], cost, draft_model)
+        speculation.make_drafter = lambda: ReplayedDraft(draft, text, rate)
+        speculation.reset_counts()
+        yield from speculation.generate_tokens(text[:N_PROMPT], N_DRAFTED, replay(text))
+        passes[rate] = speculation.n_passes
+
+    rates = (0.5, 0.7, 0.9)
+    spent = times({"plain": plain} | {rate: functools.partial(drafted, rate) for rate in rates}, rounds)
+    name, copying = "1558M, draft 124M, acceptance rate", copying + copying_draft
+    return [[f"{name} {rate}", *cells(N_DRAFTED, passes[rate], spent["plain"], spent[rate], copying)] for rate in rates]
 
 
 def main():
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-    print(f"{machine()}; {N_TOKENS} tokens of each text, medians of {rounds} rounds in turns")
+    print(f"{machine()}; {N_TOKENS} tokens of each text, {N_DRAFTED} with a draft model")
+    print(f"medians of {rounds} rounds in turns" if rounds > 2 else f"means of {rounds} rounds in turns")
     _, hparams, params = model_124m()
-    seconds_for(gpt2.generate_tokens([1], params, hparams["n_head"], 4))
-    head = ["text, 124M shape", "tokens per pass", "tokens/s: plain", "lookup", "speedup"]
-    table(head, lookup_rows(params, hparams["n_head"], rounds))
-    table(["model", "tokens per pass", "tokens/s: plain", "draft", "speedup"], draft_rows(rounds))
+    speeds = ["tokens per pass", "tokens/s: plain", "speculative", "speedup", "after the copy", "break-even"]
+    table(["text, 124M shape", *speeds], lookup_rows(params, hparams["n_head"], rounds))
+    table(["model", *speeds], draft_rows(rounds))
 
 
 if __name__ == "__main__":

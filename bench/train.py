@@ -1,11 +1,14 @@
-"""Time one training step of ours and of PyTorch in turns, same shape and batch: python bench/train.py [ROUNDS]
+"""Time one training step of ours and of transformers in turns, same shape and batch: python bench/train.py [ROUNDS]
 
-A step is a forward pass, a backward pass and AdamW's update of every parameter, in float32, on two threads. Each side
-runs in its own process, so that its peak memory can be measured; PyTorch runs transformers' GPT2LMHeadModel in eager
-mode. Needs torch and transformers (requirements-dev.txt).
+A step is a forward pass, a backward pass and AdamW's update of every parameter, in float32, on two threads. The others
+train transformers' GPT2LMHeadModel on PyTorch: in eager mode with AdamW's default implementation, with the fused one
+(torch.optim.AdamW(fused=True)), and with forward and backward pass compiled too (torch.compile, which needs a C++
+compiler). Each runs in its own process, so that its peak memory can be measured. Needs torch and transformers
+(requirements-dev.txt). A speedup is the time of the other's step divided by ours; above 1, ours is faster.
 """
 
 import contextlib
+import functools
 import json
 import pathlib
 import re
@@ -14,7 +17,7 @@ import sys
 from importlib.metadata import version
 
 import numpy as np
-from common import SIZE_124M, machine, median, seconds, spread, table
+from common import SIZE_124M, in_turn, machine, median, seconds, spread, table
 
 from train import train_step
 from training.checkpoint import State
@@ -24,7 +27,7 @@ from training.plan import Plan, new_optimizer
 from training.trainer import Trainer
 from weights.names import tensor_shapes
 
-THREADS, UNTIL_EXIT = 2, contextlib.ExitStack()
+THREADS, WARM_UP, UNTIL_EXIT = 2, 3, contextlib.ExitStack()
 SHAPES = {"124M, 4 x 64": (SIZE_124M, {"batch_size": 4, "block_size": 64, "dropout": 0.0})}
 for preset in ("3min", "1h"):
     options = PRESETS[preset]
@@ -46,7 +49,8 @@ def our_step(hparams, chosen):
     return lambda: train_step(trainer)
 
 
-def their_step(hparams, chosen):
+def their_step(hparams, chosen, fused=False, compiled=False):
+    """Return a function that makes a step of transformers' GPT2LMHeadModel on random tokens."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -55,22 +59,35 @@ def their_step(hparams, chosen):
     shape = {name: hparams[name] for name in ("n_embd", "n_head", "n_layer")}
     config = GPT2Config(vocab_size=hparams["n_vocab"], n_positions=hparams["n_ctx"], use_cache=False, **shape, **pdrop)
     model = GPT2LMHeadModel(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
     size = (chosen["batch_size"], chosen["block_size"] + 1)
+
+    def loss(ids):
+        logits = model(ids[:, :-1]).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+    loss = torch.compile(loss) if compiled else loss
 
     def step():
         ids = torch.randint(0, hparams["n_vocab"], size)
         optimizer.zero_grad()
-        logits = model(ids[:, :-1]).logits
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+        loss(ids).backward()
         optimizer.step()
 
     return step
 
 
+SIDES = {
+    "ours": our_step,
+    "transformers (eager)": their_step,
+    "transformers (eager, fused AdamW)": functools.partial(their_step, fused=True),
+    "transformers (torch.compile, fused AdamW)": functools.partial(their_step, fused=True, compiled=True),
+}
+
+
 def work(side, shape):
     """Worker main loop: for each line of standard input, make a step and print its seconds and the peak memory."""
-    step = (our_step if side == "ours" else their_step)(*SHAPES[shape])
+    step = SIDES[side](*SHAPES[shape])
     for _ in sys.stdin:
         print(json.dumps([seconds(step), peak_memory()]), flush=True)
 
@@ -98,50 +115,38 @@ class Worker:
         self.process.wait()
 
 
-def row(shape, rounds):
-    ours, theirs = Worker("ours", shape), Worker("theirs", shape)
-    for worker in (ours, theirs):
-        worker.step()
-        worker.step()
-    pairs = []
+def rows(shape, rounds):
+    """The table's rows for a shape, one per side, ours first."""
+    workers = {side: Worker(side, shape) for side in SIDES}
+    for worker in workers.values():
+        for _ in range(WARM_UP):
+            worker.step()
+    results = {side: [] for side in SIDES}
     for turn in range(rounds):
-        order = (ours, theirs) if turn % 2 else (theirs, ours)
-        results = {worker: worker.step() for worker in order}
-        pairs.append((results[ours], results[theirs]))
-    for worker in (ours, theirs):
+        for side in in_turn(list(SIDES), turn):
+            results[side].append(workers[side].step())
+    for worker in workers.values():
         worker.stop()
-    a, b = (median(pair[side][0] for pair in pairs) for side in (0, 1))
-    memory = [max(pair[side][1] for pair in pairs) / 2**30 for side in (0, 1)]
-    _, chosen = SHAPES[shape]
-    tokens = chosen["batch_size"] * chosen["block_size"]
-    return [
-        shape,
-        f"{1000 * a:.0f}",
-        f"{1000 * b:.0f}",
-        spread([pair[1][0] / pair[0][0] for pair in pairs]),
-        f"{tokens / a:.0f}",
-        f"{tokens / b:.0f}",
-        f"{memory[0]:.2f}",
-        f"{memory[1]:.2f}",
-    ]
+    return [[shape, side, *columns(shape, results["ours"], results[side])] for side in SIDES]
+
+
+def columns(shape, ours, theirs):
+    """One row from (seconds, peak memory) of each round; a speedup is the median of the rounds' ratios."""
+    chosen, spent = SHAPES[shape][1], median(seconds for seconds, _ in theirs)
+    speedup = spread([b / a for (a, _), (b, _) in zip(ours, theirs, strict=True)])
+    speed = chosen["batch_size"] * chosen["block_size"] / spent
+    memory = max(peak for _, peak in theirs) / 2**30
+    return [f"{1000 * spent:.0f}", "" if theirs is ours else speedup, f"{speed:.0f}", f"{memory:.2f}"]
 
 
 def main():
     if sys.argv[1:2] == ["--worker"]:
         return work(*sys.argv[2:])
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 9
-    print(f"{machine()}; torch {version('torch')}, {THREADS} threads, medians of {rounds} rounds in turns")
-    head = [
-        "shape",
-        "ms per step: ours",
-        "theirs",
-        "speedup",
-        "tokens/s: ours",
-        "theirs",
-        "peak GiB: ours",
-        "theirs",
-    ]
-    return table(head, [row(shape, rounds) for shape in SHAPES])
+    versions = f"transformers {version('transformers')} on torch {version('torch')}"
+    print(f"{machine()}; {versions}, {THREADS} threads, medians of {rounds} rounds in turns")
+    head = ["shape", "engine", "ms per step", "speedup", "tokens/s", "peak GiB"]
+    return table(head, [row for shape in SHAPES for row in rows(shape, rounds)])
 
 
 if __name__ == "__main__":
