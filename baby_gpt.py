@@ -33,6 +33,7 @@ from training.autograd import value_and_gradients
 from training.dataset import random_windows
 from training.initialization import initial_tensors
 from training.loss import estimate_loss
+from training.memory import training_bytes
 from weights.errors import UserError
 from weights.names import n_params, nest
 
@@ -163,6 +164,16 @@ def shapes(stage, n_vocab, options):
         model |= norm_shapes("ln_f", n_embd)
     scopes = [f"h{i}/" for i in range(options["Nx"])] if includes(stage, "blocks") else [""]
     return model | {scope + name: shape for scope in scopes for name, shape in block.items()}
+
+
+def training_memory(stage, n_vocab, options):
+    """Return a lower bound of the memory that training a stage takes, in bytes."""
+    sizes = shapes(stage, n_vocab, options)
+    n_layer = options["Nx"] if includes(stage, "blocks") else int(includes(stage, "attention"))
+    n_head = options["h"] if includes(stage, "heads") else 1
+    n_outputs = n_vocab + sum(shape[1] for name, shape in sizes.items() if name.endswith("/w"))
+    n_tokens, n_scores = options["batch_size"] * options["block_size"], n_layer * n_head * options["block_size"]
+    return training_bytes(n_params(sizes), n_layer, n_tokens, n_outputs, n_scores)
 
 
 def linear_shapes(name, n_in, n_out):

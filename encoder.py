@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import regex
 
-from weights.errors import CorruptFile, UserError, quote
+from weights.errors import CorruptFile, Mismatch, UserError, quote
 from weights.files import atomic_write, read_json, read_text
 
 PATTERN = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
@@ -240,10 +240,16 @@ def check_tokens(path, vocabulary):
     return vocabulary
 
 
-def read_merges(path):
-    """Return the lines of vocab.bpe or merges.txt, without the version. Raises CorruptFile unless each is a pair."""
+def read_merges(path, with_version=False):
+    """Return the lines of vocab.bpe or merges.txt, without the version. Raises CorruptFile unless each is a pair.
+
+    with_version: whether the first line must be the version, as in OpenAI's vocab.bpe.
+    """
     lines = read_text(path).replace("\r\n", "\n").rstrip("\n").split("\n")
-    return check_merges(path, lines[1:] if lines[0].startswith("#version") else lines)
+    has_version = lines[0].startswith("#version")
+    if with_version and not has_version:
+        raise CorruptFile(path, "it does not begin with #version")
+    return check_merges(path, lines[has_version:])
 
 
 def check_merges(path, merges):
@@ -268,8 +274,9 @@ def new_encoder(vocabulary_path, vocabulary, merges_path, merges, special=()):
     regular.update(vocabulary[symbol] for symbol in encoder.byte_decoder)
     others = [symbol for symbol, i in vocabulary.items() if i not in regular]
     if unknown := [symbol for symbol in others if symbol not in special and not SPECIAL.fullmatch(symbol)]:
-        what = f"{len(unknown)} of {len(vocabulary)} tokens of {names[0]} are not the result of a merge"
-        raise CorruptFile(merges_path, f"{what}, the first is {quote(unknown[0])}")
+        what = f"{len(unknown)} of {len(vocabulary)} tokens of {names[0]} are neither results of its merges nor special"
+        remedy = "put a complete copy there; a special token is named like <this> or [THIS]"
+        raise Mismatch(merges_path, f"{merges_path}: {what}, the first is {quote(unknown[0])}", remedy)
     if None in regular:
         lacking = [merge for merge in merges if merge.replace(" ", "") not in vocabulary]
         what = f"it lacks the results of {len(lacking)} of {len(merges)} merges of {names[1]}"

@@ -1,6 +1,7 @@
 """Measure how well a model predicts a text: python evaluate.py tinyshakespeare --model_size 124M
 
-A text longer than the context is read through a sliding window of `context` tokens that advances by `stride` tokens.
+A text longer than the context is read through a sliding window of `context` tokens that advances by `stride` tokens,
+as in Hugging Face's guide "Perplexity of fixed-length models".
 The first window scores all its tokens, each later one its last `stride` tokens; the last window ends with the text and
 may score fewer. So every token but the first of the text is scored once and, after the first window, with at least
 context - stride + 1 tokens before it. A smaller stride takes more time and gives a lower loss: compare results only if
@@ -19,6 +20,8 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from training import fused
+from training.memory import check_evaluation_memory
+from training.progress import Lines
 
 LOGITS_PER_BATCH = 2**22  # target size of a batch; it has at least one window
 
@@ -49,10 +52,15 @@ def total_loss(ids, params, n_head, context, stride, threads=1):
 
     windows, batch_size = sliding_windows(n_inputs, context, stride), max(1, LOGITS_PER_BATCH // (context * n_vocab))
     batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
+    n_tokens = context * min(batch_size, len(windows)) * min(threads, len(batches))
+    check_evaluation_memory(n_tokens, context, *params["wte"].shape, n_head)
     with ThreadPoolExecutor(threads) as pool, threadpool_limits(1 if len(batches) > 1 else threads):
         try:
-            losses = pool.map(batch_loss, batches)
-            return sum(tqdm(losses, total=len(batches), unit="batch", disable=None, leave=False))
+            losses, total, lines = pool.map(batch_loss, batches), 0.0, Lines()
+            for i, loss in enumerate(tqdm(losses, total=len(batches), unit="batch", disable=None, leave=False)):
+                total += loss
+                lines.show(f"evaluated {i + 1} of {len(batches)} batches")
+            return total
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)  # without this, leaving the with block waits for all batches
             raise

@@ -1,8 +1,9 @@
 """GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners") in plain NumPy.
 
-Each function uses only what is above it. Parameters are nested dicts whose keys are the names in OpenAI's checkpoint,
-passed on as keyword arguments: `f(x, **params)`. Comments give the shapes of operands and results; `...` means any
-leading axes. All arrays are float32: constants are Python floats, as a NumPy float64 scalar would promote the result.
+After Jay Mody's picoGPT. Each function uses only what is above it. Parameters are nested dicts whose keys are the names
+in OpenAI's checkpoint, passed on as keyword arguments: `f(x, **params)`. Comments give the shapes of operands and
+results; `...` means any leading axes. All arrays are float32: constants are Python floats, as a NumPy float64 scalar
+would promote the result.
 """
 
 import math

@@ -48,7 +48,7 @@ def generate(inputs, params, n_head, n_tokens_to_generate):
 def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models", *unexpected, **unknown):
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir, *unexpected, **unknown)
     if not ((ids := encoder.encode(prompt)) and 0 <= n_tokens_to_generate <= hparams["n_ctx"] - len(ids)):
-        raise ValueError(f"{len(ids)} prompt tokens + {n_tokens_to_generate} new; need 1 to {hparams['n_ctx']} in all")
+        raise ValueError(f"{len(ids)} prompt tokens (at least 1) + {n_tokens_to_generate} new > {hparams['n_ctx']}")
     return encoder.decode(generate(ids, params, hparams["n_head"], n_tokens_to_generate))
 
 if __name__ == "__main__":

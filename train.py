@@ -18,12 +18,10 @@ def train(trainer, report):
     with trainer.threads(), report, stop_on_ctrl_c(report.say) as stop:
         while True:
             finished = state.step >= options.max_iters
-            is_due = finished or state.step % options.eval_interval == 0
+            is_due = finished or state.step % options.eval_interval == 0 or state.best_step < 0  # -1: no model saved
             if is_due and state.step != state.evaluated_step:  # a resumed run may have evaluated this step already
                 losses = trainer.evaluate()  # saves the model if its validation loss is the lowest so far
-                report.log(
-                    losses
-                )  # before save(): after a crash in between, --resume drops this line and evaluates again
+                report.log(losses)  # before save(): after a crash in between, --resume drops this line
                 trainer.save()
                 report.show_evaluation(losses)
             if finished or stop.is_set():

@@ -16,7 +16,7 @@ from encoder import END_OF_TEXT, LAYOUTS, get_encoder, read_merges, read_vocabul
 from engines.allocator import keep_freed_memory
 from weights.download import size_of
 from weights.errors import CorruptFile, Mismatch, UserError
-from weights.files import read_text, remove_leftovers
+from weights.files import remove_leftovers
 from weights.lock import hold_lock, new_folder
 from weights.names import count_params, load_hparams, read_hparams
 from weights.releases import CHECKPOINT_FILES, DATA_FILE, HPARAMS, N_PARAMS, base_url, fetch_released, is_downloadable
@@ -40,7 +40,7 @@ def load_encoder_hparams_and_params(model_size, models_dir):
         check_vocabulary(encoder, hparams, model_dir)
         return encoder, hparams, load_params(os.path.join(model_dir, WEIGHTS), hparams)
 
-    loaded = load_and_repair(load, model_size, model_dir)
+    loaded = load_and_repair(load, model_size, models_dir, model_dir)
     keep_freed_memory()
     return loaded
 
@@ -58,7 +58,7 @@ def load_gpt2_encoder(models_dir):
                 download_files("124M", model_dir, missing())
         return get_encoder("124M", models_dir)
 
-    return load_and_repair(load, "124M", model_dir)
+    return load_and_repair(load, "124M", models_dir, model_dir)
 
 
 # Checks
@@ -75,7 +75,7 @@ def find_model_dir(model_size, models_dir):
     model_dir = os.path.join(models_dir, *parts)
     if not os.path.isdir(model_dir) and not is_downloadable(model_size):
         if not os.path.isdir(models_dir):
-            raise UserError(f"{models_dir} is not a folder, {model_size!r} cannot be in it; correct --models_dir")
+            raise UserError(f"no model {model_size!r} in {models_dir}, which is not a folder; correct --models_dir")
         local = sorted(set(os.listdir(models_dir)) - set(N_PARAMS))
         folders = [name for name in local if os.path.isdir(os.path.join(models_dir, name))]
         raise UserError(f"unknown model size {model_size!r}; choose from {', '.join([*N_PARAMS, *folders])}")
@@ -93,9 +93,16 @@ def missing_files(model_dir):
         needed += ["hparams.json"]
     if not any(has(*names) for names in LAYOUTS):
         needed += LAYOUTS[0]
-    if not has(WEIGHTS) and not checkpoint_prefix(model_dir):
-        needed += CHECKPOINT_FILES
+    if not has(WEIGHTS):
+        needed += missing_checkpoint(model_dir)
     return [name for name in needed if not has(name)]
+
+
+def missing_checkpoint(model_dir):
+    """Return the files of OpenAI's checkpoint that are missing, unless there is a checkpoint of another name."""
+    if checkpoint_prefix(model_dir):
+        return []
+    return [name for name in CHECKPOINT_FILES if not os.path.exists(os.path.join(model_dir, name))]
 
 
 def check_vocabulary(encoder, hparams, model_dir):
@@ -104,7 +111,7 @@ def check_vocabulary(encoder, hparams, model_dir):
     if largest >= hparams["n_vocab"]:
         raise Mismatch(
             os.path.join(model_dir, LAYOUTS[0][0]),
-            f"{model_dir}: the vocabulary has ids up to {largest}, but the model has n_vocab = {hparams['n_vocab']}; "
+            f"{model_dir}: the vocabulary has ids up to {largest}, but the model has n_vocab = {hparams['n_vocab']}",
             "they belong to different models: put the right vocabulary there",
         )
 
@@ -114,39 +121,46 @@ def check_vocabulary(encoder, hparams, model_dir):
 
 def check_file(model_size, name, path):
     """Raise CorruptFile if the file in path cannot be the file `name` of the model."""
-    readers = {"encoder.json": read_vocabulary, "vocab.bpe": read_merges, "model.ckpt.index": read_index}
-    if name in readers:
-        readers[name](path)
-    if name == "vocab.bpe" and not read_text(path).startswith("#version"):
-        raise CorruptFile(path, "it does not begin with #version")
-    if name == "hparams.json" and read_hparams(path) != HPARAMS.get(model_size, read_hparams(path)):
-        raise CorruptFile(path, f"not the hyperparameters of {model_size}")
-    if name == "checkpoint" and read_prefix(path) != "model.ckpt":
+    if name == "encoder.json":
+        read_vocabulary(path)
+    elif name == "vocab.bpe":
+        read_merges(path, with_version=True)
+    elif name == "model.ckpt.index":
+        read_index(path)
+    elif name == "hparams.json":
+        found = read_hparams(path)
+        if HPARAMS.get(model_size, found) != found:
+            raise CorruptFile(path, f"not the hyperparameters of {model_size}")
+    elif name == "checkpoint" and read_prefix(path) != "model.ckpt":
         raise CorruptFile(path, "it does not name model.ckpt")
 
 
-def load_and_repair(load, model_size, model_dir):
+def load_and_repair(load, model_size, models_dir, model_dir):
     """Return load(). If it finds a corrupt file that can be downloaded or imported again, replace that and load again.
 
-    The corrupt file is kept as *.corrupt, or stays where it is if the download fails. Raises UserError if the second
-    call finds a corrupt file, too, and CorruptFile for a file of the user's own.
+    The corrupt file is kept as *.corrupt when its replacement has arrived. Raises CorruptFile for a file of the user's
+    own, and if the second call finds a corrupt file, too.
     """
-    renamed = []
-    for is_last in (False, True):
-        try:
-            return load()
-        except CorruptFile as error:
-            renamed = set_aside(model_dir, suspects(error, model_size, model_dir))
-            if not renamed:
-                raise
-            fault = str(error).rpartition("; ")[0]  # without the remedy
-        except UserError:
-            put_back(model_dir, renamed)
+    try:
+        return load()
+    except CorruptFile as error:
+        names, path, fault = suspects(error, model_size, model_dir), error.path, error.fault
+        if not names:
             raise
-        if is_last:
-            kept = ", ".join(f"{name}.corrupt" for name in renamed)
-            raise UserError(f"{fault}; kept as {kept}: run the same command again to replace it")
-        say(f"{fault}; replacing {', '.join(renamed)}")
+        identity = inode(path)
+    with locked_folder(model_dir, models_dir):
+        if inode(path) == identity:  # no other process has replaced it
+            say(f"{fault}; replacing {', '.join(names)}")
+            is_imported = names == [WEIGHTS]
+            download_files(model_size, model_dir, missing_checkpoint(model_dir) if is_imported else names)
+            if is_imported:
+                os.replace(path, path + ".corrupt")  # load() imports it again
+    return load()
+
+
+def inode(path):
+    """Return the number that identifies a file on its disk, None if there is no such file."""
+    return os.stat(path).st_ino if os.path.exists(path) else None
 
 
 def suspects(error, model_size, model_dir):
@@ -155,8 +169,8 @@ def suspects(error, model_size, model_dir):
     A folder with a vocabulary in Hugging Face's layout was not downloaded: the user put or trained it there.
     """
     name, vocabulary = os.path.basename(error.path), LAYOUTS[0]
-    others = [other for layout in LAYOUTS[1:] for other in layout if os.path.exists(os.path.join(model_dir, other))]
-    is_downloaded = is_downloadable(model_size) and not others
+    has_own = any(os.path.exists(os.path.join(model_dir, other)) for layout in LAYOUTS[1:] for other in layout)
+    is_downloaded = is_downloadable(model_size) and not has_own
     if name == WEIGHTS:
         can_replace = (is_downloaded or checkpoint_prefix(model_dir)) and not isinstance(error, Mismatch)
         return [WEIGHTS] if can_replace else []
@@ -166,26 +180,9 @@ def suspects(error, model_size, model_dir):
         check_file(model_size, name, error.path)
     except UserError:
         return [name]
-    # the file is valid, but does not match the others; any of them may be the wrong one
-    return ["hparams.json", *vocabulary] if name in vocabulary else ["hparams.json", *CHECKPOINT_FILES[:-1], name]
-
-
-def set_aside(model_dir, names):
-    """Rename files to *.corrupt; return the names of those that exist."""
-    renamed = []
-    for path in [os.path.join(model_dir, name) for name in names]:
-        with contextlib.suppress(OSError):
-            os.replace(path, path + ".corrupt")
-            renamed.append(os.path.basename(path))
-    return renamed
-
-
-def put_back(model_dir, renamed):
-    """Undo set_aside() for the files that have not been replaced."""
-    for path in [os.path.join(model_dir, name) for name in renamed]:
-        if not os.path.exists(path):
-            with contextlib.suppress(OSError):
-                os.replace(path + ".corrupt", path)
+    # The file is valid, but does not match the others; any of them may be wrong, the largest only if it is this one.
+    others = vocabulary if name in vocabulary else [n for n in CHECKPOINT_FILES if n != DATA_FILE or n == name]
+    return ["hparams.json", *others]
 
 
 # The first run
@@ -210,13 +207,9 @@ def prepare_model(model_size, model_dir, models_dir):
 @contextlib.contextmanager
 def locked_folder(model_dir, models_dir):
     """Hold the inter-process lock of models_dir; create model_dir if necessary, and remove it if it stays empty."""
-    with contextlib.ExitStack() as stack:
-        try:
-            waiting = f"waiting for another process that is preparing a model in {models_dir}"
-            stack.enter_context(hold_lock(os.path.join(models_dir, ".lock"), lambda: say(waiting)))
-            stack.enter_context(new_folder(model_dir))
-        except OSError as error:
-            raise UserError(f"cannot write to {models_dir} ({error.strerror}); choose another --models_dir") from None
+    path, another = os.path.join(models_dir, ".lock"), "choose another --models_dir"
+    waiting = f"waiting for another process that is preparing a model in {models_dir}"
+    with hold_lock(path, lambda: say(waiting), another), new_folder(model_dir):
         remove_leftovers(model_dir)
         yield
 

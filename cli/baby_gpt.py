@@ -9,38 +9,31 @@ import sys
 
 import numpy as np
 
-from baby_gpt import CPU, GPU, SCALED_UP, STAGES, train
-from cli.options import Parser, exit_code, parse_count, parse_fraction, parse_positive, parse_positive_rate
+from baby_gpt import CPU, GPU, SCALED_UP, STAGES, train, training_memory
+from cli.options import Parser, exit_code, parse_count, parse_fraction, parse_positive, parse_positive_rate, parse_up_to
 from explain import markov
 from training.dataset import check_length, read_dataset, split_text
 from training.figure import check_figure_path, new_figure, save_figure
-from training.report import printable
-from weights.errors import UserError
+from weights.errors import UserError, printable
 from weights.files import same_file
 from weights.names import n_params
+from weights.resources import check_memory
 
-MAX_SIZE = 10_000  # largest value of a hyperparameter that memory depends on
+MAX_SIZE = 10_000  # largest value of a hyperparameter that memory and time depend on
 PRESETS = {"cpu": (CPU, SCALED_UP), "gpu": (GPU, GPU)}  # for all stages but scaled_up, and for scaled_up
 
-
-def parse_size(text):
-    if (number := parse_positive(text)) > MAX_SIZE:
-        raise argparse.ArgumentTypeError(f"{number} is too large; the maximum is {MAX_SIZE}")
-    return number
-
-
 HYPERPARAMETERS = {  # type and help text
-    "batch_size": (parse_size, "sequences per batch"),
-    "block_size": (parse_size, "characters per sequence: the context length"),
-    "d_model": (parse_size, "embedding size"),
-    "d_k": (parse_size, "width of a query, a key and a value"),
-    "Nx": (parse_size, "number of blocks"),
-    "h": (parse_size, "number of heads"),
+    "batch_size": (parse_up_to(MAX_SIZE), "sequences per batch"),
+    "block_size": (parse_up_to(MAX_SIZE), "characters per sequence: the context length"),
+    "d_model": (parse_up_to(MAX_SIZE), "embedding size"),
+    "d_k": (parse_up_to(MAX_SIZE), "width of a query, a key and a value"),
+    "Nx": (parse_up_to(MAX_SIZE), "number of blocks"),
+    "h": (parse_up_to(MAX_SIZE), "number of heads"),
     "dropout_rate": (parse_fraction, "dropout probability"),
     "lr_rate": (parse_positive_rate, "AdamW's learning rate"),
     "num_iter": (parse_positive, "number of training steps; 50 for --markov"),
     "eval_interval": (parse_positive, "number of steps between evaluations"),
-    "eval_iters": (parse_size, "batches per evaluation"),
+    "eval_iters": (parse_up_to(MAX_SIZE), "batches per evaluation"),
 }
 SAMPLE_LENGTH = 40  # characters in the table
 WIDTHS = {"stage": 12, "parameters": 10, "seconds": 7, "train loss": 10, "validation loss": 15, "change": 17}
@@ -76,7 +69,7 @@ def make_parser():
 
 def run(argv=None):
     """Run the command line argv (default: sys.argv[1:]); return the exit code."""
-    return exit_code("baby_gpt.py", lambda: run_options(vars(make_parser().parse_args(argv))))
+    return exit_code("baby_gpt.py", lambda: run_options(vars(make_parser().parse_args(argv))), argv)
 
 
 def run_options(given):
@@ -99,6 +92,9 @@ def train_stages(given):
     options = {stage: PRESETS[given.get("preset", "cpu")][stage == "scaled_up"] | given for stage in stages}
     block_size = max(options[stage]["block_size"] for stage in stages)
     check_length(len(data["train"]), len(data["val"]), block_size, "characters")
+    for stage in stages:
+        remedy = "lower --batch_size, --block_size, --d_model, --d_k, --h or --Nx"
+        check_memory(f"stage {stage}", training_memory(stage, len(chars), options[stage]), remedy)
     print_row(WIDTHS)
     print_row("-" * width for width in WIDTHS.values())
     results = []
@@ -115,8 +111,8 @@ def train_stages(given):
 def read_characters(given):
     """Return arrays of token ids by split, and a string of the character of each id."""
     text = read_dataset(given.get("dataset", "tinyshakespeare"), given.get("data_dir", "data"))
-    chars, ids = np.unique(list(text), return_inverse=True)
-    return split_text(ids), "".join(chars)
+    code_points, ids = np.unique(np.frombuffer(text.encode("utf-32-le"), "<u4"), return_inverse=True)
+    return split_text(ids), "".join(map(chr, code_points))
 
 
 def print_row(texts):

@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 
-from cli.options import Parser, exit_code, n_cores, parse_positive
+from cli.options import Parser, exit_code, n_cores, parse_positive, parse_up_to
 from evaluate import total_loss
 from training.dataset import read_dataset, split_text
+from training.options import MAX_THREADS
 from utils import load_encoder_hparams_and_params
 from weights.errors import UserError
 
@@ -30,7 +31,13 @@ def make_parser():
     add("--stride", type=parse_positive, metavar="N", help="tokens from window to window (default: half the context)")
     parser.add_models_dir()
     parser.add_data_dir()
-    add("--threads", type=parse_positive, default=n_cores(), metavar="N", help="threads (default: number of cores)")
+    add(
+        "--threads",
+        type=parse_up_to(MAX_THREADS),
+        default=n_cores(),
+        metavar="N",
+        help="threads (default: number of cores)",
+    )
     return parser
 
 
@@ -58,8 +65,7 @@ def evaluate(options):
     scored = encoder.decode(ids[1:])
     nats_per_char = n_scored * loss / len(scored)
     bits_per_byte = n_scored * loss / len(scored.encode("utf-8")) / math.log(2)
-    with np.errstate(over="ignore"):
-        perplexity = np.exp(loss)
+    perplexity = np.exp(loss)  # infinite where math.exp would raise OverflowError
     print(
         f"{options.model_size} on {options.dataset} ({options.split}): {len(ids)} tokens, {len(text)} characters\n"
         f"context {context}, stride {stride}\n"
@@ -72,4 +78,4 @@ def evaluate(options):
 
 def run(argv=None):
     """Run the command line argv (default: sys.argv[1:]); return the exit code."""
-    return exit_code("evaluate.py", lambda: evaluate(make_parser().parse_args(argv)))
+    return exit_code("evaluate.py", lambda: evaluate(make_parser().parse_args(argv)), argv)

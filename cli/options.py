@@ -1,12 +1,11 @@
 """What the command lines share: the argument parser, types of arguments, exit codes, error lines.
 
-Exit codes: 0 success, 2 a user error, explained in one line on standard error, 130 stopped with Ctrl-C, 141 the reader
-of standard output has gone.
+Exit codes: 0 success, 2 a user error, explained in one line on standard error, 130 stopped with Ctrl-C, 141 nothing
+reads standard output or standard error any more.
 """
 
 import argparse
 import contextlib
-import errno
 import math
 import os
 import signal
@@ -14,9 +13,9 @@ import sys
 import warnings
 
 from weights.errors import UserError, printable
+from weights.files import FULL
 
 EXIT_MISTAKE, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 2, 130, 141  # the last two are 128 + SIGINT, 128 + SIGPIPE
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError while writing
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,7 +54,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_count(text):
-    if not text.strip().isdecimal() or len(text) > 100:
+    if text.strip().isdecimal() and len(text) > 100:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r}... has more than 100 digits")
+    if not text.strip().isdecimal():
         raise argparse.ArgumentTypeError(f"{text[:100]!r} is not a whole number of at least 0")
     return int(text)
 
@@ -106,7 +107,7 @@ def n_cores():
 def exit_code(program, work, argv=None):
     """Call work() and return its result (None: 0); print an exception as one line and return its exit code.
 
-    argv: None in the program itself, which will exit: after Ctrl-C a second one is then ignored.
+    argv is None when a program calls this and then exits; it then ignores further Ctrl-C.
     """
     prepare_streams()
     with contextlib.redirect_stderr(BestEffort(sys.stderr)):
@@ -139,7 +140,7 @@ def run_and_flush(work):
 
 
 class BestEffort:
-    """A text stream for messages, which are discarded if they cannot be written, on a full disk for example."""
+    """A text stream for messages: what a full disk has no room for is discarded, a closed pipe raises an exception."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -161,7 +162,10 @@ def prepare_streams():
     if None in (sys.stdin, sys.stdout, sys.stderr):
         devnull = open(os.devnull, "r+", encoding="utf-8")  # noqa: SIM115 (stays open as a standard stream)
         sys.stdin, sys.stdout, sys.stderr = (stream or devnull for stream in (sys.stdin, sys.stdout, sys.stderr))
-    at_terminal, elsewhere = {"errors": "replace"}, {"encoding": "utf-8", "errors": "backslashreplace"}  # in names
+    at_terminal, elsewhere = (
+        {"errors": "replace"},
+        {"encoding": "utf-8", "errors": "backslashreplace"},
+    )  # for names of files
     sys.stdout.reconfigure(**at_terminal if sys.stdout.isatty() else elsewhere)
     sys.stderr.reconfigure(**({} if sys.stderr.isatty() else {"encoding": "utf-8"}), errors="backslashreplace")
 
@@ -173,10 +177,10 @@ def discard(stream):
 
 def describe(error):
     """Return what an error line says of an exception."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"cannot write {error.filename or 'the output'}: {error.strerror}; make room"
     if isinstance(error, OSError) and error.filename is not None:
         return f"cannot open {error.filename!r}: {error.strerror}; check the path and its permissions"
-    if isinstance(error, OSError) and error.errno in FULL:
-        return f"cannot write the output: {error.strerror}; make room"
     if isinstance(error, OSError):
         return f"input or output failed: {error.strerror or error}; check where the program reads and writes"
     if isinstance(error, MemoryError):

@@ -18,7 +18,7 @@ from sampling import make_sampler
 from utils import load_encoder_hparams_and_params
 from weights.errors import UserError, printable
 from weights.files import decode_utf8
-from weights.names import n_params, tensor_shapes
+from weights.names import count_params
 from weights.resources import check_memory, format_bytes
 
 MAX_PROMPT = 10**7  # bytes; more than any context holds
@@ -108,7 +108,7 @@ class Generator:
                 f"the vocabulary of --draft_model {name} ({hparams['n_vocab']} tokens) is not that of {model_size} "
                 f"({self.hparams['n_vocab']} tokens); choose a draft model with the same vocabulary"
             )
-        cost = n_params(tensor_shapes(**hparams)) / n_params(tensor_shapes(**self.hparams))
+        cost = count_params(**hparams) / count_params(**self.hparams)
         model, params = small_batch_model(params, hparams["n_head"])
         return lambda: Draft(params, hparams["n_head"], cost, model)
 

@@ -4,15 +4,11 @@ Standard output carries one line at the end, the result; everything else goes to
 """
 
 import argparse
-import contextlib
 import os
 import re
 import sys
 
-from filelock import FileLock, Timeout
-
 from cli.options import (
-    EXIT_INTERRUPTED,
     Parser,
     exit_code,
     n_cores,
@@ -21,15 +17,17 @@ from cli.options import (
     parse_positive,
     parse_positive_rate,
     parse_rate,
+    parse_up_to,
 )
 from encoder import END_OF_TEXT
 from train import compute_gradients, train
 from training.checkpoint import STATE
-from training.options import PRESETS, Options
+from training.options import MAX_THREADS, PRESETS, Options
 from training.plan import plan_new, plan_resumed, prepare_folder
 from training.report import Report
 from training.trainer import Trainer
 from weights.errors import UserError
+from weights.lock import hold_lock, new_folder
 from weights.releases import N_PARAMS
 from weights.safetensors_file import WEIGHTS
 
@@ -108,7 +106,7 @@ def make_parser():
     add("--overwrite", action="store_true", help="replace the model --name if it exists")
     parser.add_models_dir()
     parser.add_data_dir()
-    add("--threads", type=parse_positive, metavar="N", help="threads (default: number of cores)")
+    add("--threads", type=parse_up_to(MAX_THREADS), metavar="N", help="threads (default: number of cores)")
     for title, options in TUNABLE.items():
         group = parser.add_argument_group(title)
         for name, (kind, meaning) in options.items():
@@ -129,32 +127,40 @@ def describe_defaults(name):
 
 def run(argv=None):
     """Run the command line argv (default: sys.argv[1:]); return the exit code."""
-    return exit_code("train.py", lambda: run_training(vars(make_parser().parse_args(argv))))
+    return exit_code("train.py", lambda: run_training(vars(make_parser().parse_args(argv))), argv)
 
 
 def run_training(given):
-    """Train a model. given: dict of the options on the command line. Return the exit code."""
+    """Train a model. given: dict of the options on the command line. Raises KeyboardInterrupt if Ctrl-C stopped it."""
     resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
     model_dir = os.path.join(given["models_dir"], given["name"])
     check_folder(model_dir, given["name"], resume, overwrite)
-    with lock(model_dir):
-        plan = plan_resumed(model_dir, given) if resume else plan_new(model_dir, {"threads": n_cores()} | given)
-        trainer = Trainer(plan)
-        if resume:
-            print(f"resuming from step {plan.state.step} of {plan.options.max_iters}", file=sys.stderr)
-        else:
+    with new_folder(given["models_dir"] or "."):
+        if not resume:
+            plan = plan_new(model_dir, {"threads": n_cores()} | given)
             print(plan.describe(), file=sys.stderr)
-            with trainer.threads():
+            with Trainer(plan).threads() as trainer:
                 compute_gradients(trainer)  # a dry run: errors appear before any file is written
-        prepare_folder(plan)
-        finished = train(trainer, Report(trainer))
-    return print_result(plan) if finished else print_interruption(plan)
+        with lock(model_dir):
+            check_folder(model_dir, given["name"], resume, overwrite)  # again: another process may have trained it
+            if resume:
+                plan = plan_resumed(model_dir, given)
+                print(f"resuming from step {plan.state.step} of {plan.options.max_iters}", file=sys.stderr)
+            prepare_folder(plan)
+            trainer = Trainer(plan)
+            finished = train(trainer, Report(trainer))
+    if not finished:
+        print_interruption(plan)
+        raise KeyboardInterrupt
+    print_result(plan)
 
 
 def check_folder(model_dir, name, resume, overwrite):
     """Raise UserError unless the model can be resumed, with --resume, or else created."""
     if resume and overwrite:
         raise UserError("give --resume or --overwrite, not both: one continues the model, the other replaces it")
+    if os.path.exists(model_dir) and not os.path.isdir(model_dir):
+        raise UserError(f"{model_dir} is not a folder; choose another --name")
     can_resume = os.path.exists(os.path.join(model_dir, STATE))
     if resume and not can_resume:
         if os.path.exists(os.path.join(model_dir, WEIGHTS)):
@@ -172,11 +178,11 @@ def print_result(plan):
     nats = state.best_loss / state.val_chars_per_token
     print(
         f"{plan.model_dir}: validation loss {state.best_loss:.4f} nats per token, {nats:.4f} per character, "
+        f"in windows of {options.block_size} tokens without overlap, "
         f"at step {state.best_step} of {options.max_iters}; {state.seconds:.0f} s"
     )
     arguments = options.model_arguments()
     print(f'try it: python gpt2.py "A prompt" {arguments} --temperature 0.8 --top_k 40', file=sys.stderr)
-    return 0
 
 
 def print_interruption(plan):
@@ -185,24 +191,13 @@ def print_interruption(plan):
         f"python train.py {plan.options.model_arguments('--name')} --resume",
         file=sys.stderr,
     )
-    return EXIT_INTERRUPTED
 
 
-@contextlib.contextmanager
 def lock(model_dir):
-    """Keep other processes from training this model. The folder need not exist yet."""
+    """Return a context manager that keeps other processes from training this model, whose folder need not exist."""
+
+    def refuse():
+        raise UserError(f"another process is training {model_dir}; wait for it, or choose another --name")
+
     models_dir, name = os.path.split(model_dir)
-    try:
-        os.makedirs(models_dir, exist_ok=True)
-        file_lock = FileLock(os.path.join(models_dir, f".{name}.lock"))
-        file_lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"another process is training {model_dir}; wait for it, or choose another --name") from None
-    except OSError as error:
-        raise UserError(f"cannot write {model_dir} ({error.strerror}); choose another --name or --models_dir") from None
-    try:
-        yield
-    finally:
-        file_lock.release()
-        with contextlib.suppress(OSError):
-            os.remove(file_lock.lock_file)
+    return hold_lock(os.path.join(models_dir, f".{name}.lock"), refuse, "choose another --name or --models_dir")

@@ -188,6 +188,7 @@ def without_derivative(name):
         (lambda x: np.split(x, [1]), *without_derivative("np.split with indices")),
         (lambda x: np.concatenate([x, x]), *without_derivative("np.concatenate")),
         (lambda x: x @ rand(3), *without_derivative("np.matmul with a vector")),
+        (lambda x: np.add(x, "a"), TypeError, "ufunc 'add'"),  # not for want of a derivative
         (np.asarray, TypeError, r"take its \.data"),
         (np.float64, TypeError, r"take its \.data"),
         (lambda x: np.zeros(3).__setitem__(slice(None), x), TypeError, r"take its \.data"),

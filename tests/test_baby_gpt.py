@@ -228,6 +228,16 @@ def test_a_seed_repeats_a_run(run):
     assert first == again and first[2] != other[2]
 
 
+def test_the_estimate_of_memory_counts_outputs_scores_and_parameters():
+    """Of 21 tokens: the logits twice; after that the outputs of each linear layer twice, and the scores three times."""
+    for stage, n_layer, outputs in (("bigram", 0, 0), ("scaled", 1, 9 + 10), ("residual", 2, 36 + 10 + 40 + 10)):
+        found = baby_gpt.training_memory(stage, N_VOCAB, SMALL) - 50_000 * n_layer
+        n_params = sum(map(math.prod, baby_gpt.shapes(stage, N_VOCAB, SMALL).values()))
+        scores = n_layer * 7 * (4 if stage == "residual" else 1)
+        activations = 21 * (2 * (N_VOCAB + n_layer * outputs) + 3 * scores)
+        assert found == 4 * (3 * n_params + max(activations, n_params))
+
+
 def test_options_override_the_preset(run, monkeypatch):
     monkeypatch.setattr(baby_gpt, "sample", lambda *_: "")
     code, out, _ = run("--stage scaled_up --preset gpu --steps 1 --d_model 8 --Nx 1 --batch_size 1 --eval_iters 1")
@@ -236,9 +246,9 @@ def test_options_override_the_preset(run, monkeypatch):
 
 
 def test_control_characters_of_the_text_do_not_reach_the_terminal(run, tmp_path):
-    (tmp_path / "text.txt").write_text("\x1b[31m\x07\u202e" * 100, encoding="utf-8")
+    (tmp_path / "text.txt").write_text("\x1b[31m\x07\u202e\0" * 100, encoding="utf-8")
     code, out, _ = run(f"--stage bigram {SHORT}")
-    assert code == 0 and "\ufffd" in out and not set(out) & set("\x1b\x07\u202e")
+    assert code == 0 and "\ufffd" in out and not set(out) & set("\x1b\x07\u202e\0")
 
 
 @pytest.mark.parametrize(
@@ -252,6 +262,10 @@ def test_control_characters_of_the_text_do_not_reach_the_terminal(run, tmp_path)
         ("--stage bigram --dataset nowhere.txt", ["'nowhere.txt'"]),
         ("--stage bigram --block_size 5000", ["characters", "--block_size 5000", "longer text"]),
         ("--stage bigram --batch_size 99999999999999999999", ["--batch_size", "10000"]),
+        (
+            "--stage layer_norm --block_size 99 --batch_size 9999 --d_model 9999",
+            ["layer_norm needs", "--d_model"],
+        ),
         ("--stage bigram --draw nowhere/x.png", ["cannot write nowhere/x.png", "No such file"]),
         ("--stage bigram --draw text.svg --dataset text.svg", ["--draw text.svg would overwrite the dataset"]),
         ("--all --draw text.txt", ["'text.txt'", ".png, .svg or .pdf"]),

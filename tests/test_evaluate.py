@@ -100,12 +100,25 @@ def test_splits(run):
         ("--context 10 --stride 11", "text", ["--stride 11", "--context 10"]),
         ("--stride 0", "text", ["--stride"]),
         ("--split test", "text", ["--split"]),
+        ("--threads 1000000000", "text", ["--threads", "the maximum is 1024"]),
         ("", "", ["text.txt is empty"]),
         ("", "a", ["1 tokens", "at least 2"]),
     ],
 )
 def test_mistakes(run, options, content, words):
     assert_mistake(run(*options.split(), content=content), *words, script="evaluate.py")
+
+
+def test_memory_and_progress(run, monkeypatch):
+    """Without a terminal, lines are printed now and then; a run that cannot fit is refused."""
+    monkeypatch.setattr(evaluate, "LOGITS_PER_BATCH", 1)
+    assert run()[2] == ""
+    monkeypatch.setattr("training.progress.LINE_INTERVAL", 0)
+    lines = run("--context", "32", "--stride", "32")[2].splitlines()
+    assert lines == [f"evaluated {i + 1} of {len(lines)} batches" for i in range(len(lines))] and len(lines) > 3
+    monkeypatch.setattr("weights.resources.available_memory", lambda: 2**18)
+    assert run("--threads", "1", "--context", "16")[0] == 0
+    assert_mistake(run("--threads", "9", "--context", "16"), "needs about", "lower --threads", script="evaluate.py")
 
 
 def test_damaged_weights(run, tmp_path, tiny_models_dir, tiny):

@@ -217,7 +217,7 @@ def test_logits_that_are_not_finite(run, tiny, monkeypatch):
     encoder, hparams, params = tiny
     broken = params | {"ln_f": params["ln_f"] | {"b": np.float32(np.nan)}}
     monkeypatch.setattr(explain, "load_encoder_hparams_and_params", lambda *_: (encoder, hparams, broken))
-    assert_mistake(run("Hello", "--explain"), "logits of tiny are not finite")
+    assert_mistake(run("Hello", "--explain"), "the logits are not finite")
 
 
 def test_an_error_while_the_page_is_written(run):

@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import math
+import os
 import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 from unittest import mock
 
@@ -18,22 +21,23 @@ import gpt2
 import train
 from cli import train as train_cli
 from encoder import END_OF_TEXT, get_encoder
-from tests import gradients
-from tests.conftest import PROMPTS, ROOT, assert_transformers_agree, contents, need
+from tests import gradients, programs
+from tests.conftest import PROMPTS, ROOT, assert_transformers_agree, contents, need, one_line_error, set_free_space
 from tests.programs import assert_mistake
 from tests.random_model import DATA
 from training import chunks, dataset, fused, trainer
+from training import options as options_module
 from training.adamw import AdamW, global_norm, learning_rate_at
 from training.checkpoint import STATE, State
 from training.initialization import gpt2_deviation, initial_tensors
 from training.loss import lm_loss, loss_and_gradients
+from training.memory import check_training_memory
 from training.options import PRESETS, Options
-from training.plan import Plan, new_optimizer
+from training.plan import STALE, Plan, new_optimizer
 from training.report import read_log
 from utils import load_encoder_hparams_and_params
-from weights.errors import UserError
-from weights.names import flatten, nest, tensor_shapes
-from weights.safetensors_file import load_safetensors, save_params
+from weights.names import count_params, flatten, nest, tensor_shapes
+from weights.safetensors_file import load_safetensors, save_params, save_safetensors
 
 NO_VOCABULARY = "--n_layer 2 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --warmup_iters 2 --eval_iters 2"
 SMALL = f"{NO_VOCABULARY} --vocab_size 300"
@@ -95,6 +99,13 @@ def tiny_folder(tiny_models_dir, folder):
 
 def state_of(folder):
     return json.loads(load_safetensors(str(folder / STATE))[1]["state"])
+
+
+def rewrite(folder, part, change):
+    """Replace the JSON of a part of training.safetensors, "options" or "state", by change(its dict)."""
+    tensors, metadata = load_safetensors(str(folder / STATE))
+    metadata[part] = change(json.loads(metadata[part]))
+    save_safetensors(str(folder / STATE), tensors, metadata)
 
 
 def mistake(result, *words):
@@ -245,7 +256,7 @@ def test_dropout_acts_in_training_and_not_in_evaluation_and_the_largest_is_finit
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_gradients_of_accumulated_batches_and_shards_are_those_of_all_windows_at_once(threads, monkeypatch):
     """3 batches of 4, in shards of 4, 2 + 2 or 2 + 1 + 1, against the 12 windows in one batch."""
-    monkeypatch.setattr(trainer, "SHARD_TOKENS", 1)
+    monkeypatch.setattr(options_module, "SHARD_TOKENS", 1)
     of = new_trainer(gradient_accumulation_steps=3, threads=threads)
     of.state.step = 7
     assert of.n_shards == threads
@@ -261,7 +272,7 @@ def test_gradients_of_accumulated_batches_and_shards_are_those_of_all_windows_at
 
 
 def test_every_step_batch_and_shard_has_random_numbers_of_its_own(monkeypatch):
-    monkeypatch.setattr(trainer, "SHARD_TOKENS", 1)
+    monkeypatch.setattr(options_module, "SHARD_TOKENS", 1)
     of = new_trainer(gradient_accumulation_steps=2, threads=2, dropout=0.5)
     windows, masks, sample, mask = [], [], dataset.random_windows, fused.Dropout.mask
     monkeypatch.setattr(trainer, "random_windows", lambda *args: windows.append(sample(*args)) or windows[-1])
@@ -294,7 +305,7 @@ def at_step(step, act):
 
 def test_a_killed_and_resumed_run_is_the_whole_run_bit_for_bit(run, resume, folder, monkeypatch):
     """Parameters, moments and the log; with dropout, accumulation, shards, clipping and another number of steps."""
-    monkeypatch.setattr(trainer, "SHARD_TOKENS", 1)
+    monkeypatch.setattr(options_module, "SHARD_TOKENS", 1)
     options = "--eval_interval 4 --dropout 0.2 --gradient_accumulation_steps 2 --grad_clip 0.5 --lr_decay_iters 11"
     run(f"--max_iters 11 --threads 2 {options}", name="whole")
     whole, parts = folder.parent / "whole", folder.parent / "parts"
@@ -312,8 +323,8 @@ def test_a_killed_and_resumed_run_is_the_whole_run_bit_for_bit(run, resume, fold
 
 
 def test_a_run_saved_by_another_version_resumes(trained, resume):
-    """It has an option that is not known, lacks one, and has a second copy of the vocabulary under OpenAI's names."""
-    write(trained / STATE, (trained / STATE).read_bytes().replace(b"threads", b"devices"))
+    """It has options that are not known, lacks two, and has a second copy of the vocabulary under OpenAI's names."""
+    write(trained / STATE, (trained / STATE).read_bytes().replace(b"threads", b"devices").replace(b"seed", b"root"))
     shutil.copy(trained / "vocab.json", trained / "encoder.json")
     shutil.copy(trained / "merges.txt", trained / "vocab.bpe")
     assert resume("--max_iters 3")[0] == 0
@@ -337,6 +348,15 @@ def test_ctrl_c_saves_and_says_how_to_resume_and_twice_stops_at_once(run, resume
     remedy = f"resume with: python train.py --name new --models_dir {folder.parent} --resume"
     assert (f"stopped at step 4 of 1000 and saved; {remedy}" in err) == (times == 1)
     assert resume("--max_iters 5")[0] == 0
+
+
+def test_a_stopped_run_ends_like_an_interrupted_one(folder, text_file):
+    """exit_code() then ignores another Ctrl-C while Python exits."""
+    options = vars(train_cli.make_parser().parse_args(["--name", "new", "--models_dir", str(folder.parent)]))
+    options |= {"dataset": str(text_file), "n_embd": 16, "block_size": 16, "vocab_size": 300, "eval_iters": 1}
+    with at_step(3, lambda: signal.raise_signal(signal.SIGINT)), pytest.raises(KeyboardInterrupt):
+        train_cli.run_training(options)
+    assert state_of(folder)["saved_step"] == 4
 
 
 def test_on_a_full_disk_the_previous_state_survives(trained, resume):
@@ -363,6 +383,11 @@ def test_a_diverged_run_stops_and_keeps_what_was_finite(run, resume, folder, opt
     assert re.search(r"the [\w/ ]+ is -?(nan|inf) at step \d+\. .* keeps step \d+;", result[2].splitlines()[-1])
     assert all(np.all(np.isfinite(tensor)) for tensor in load_safetensors(str(folder / STATE))[0].values())
     assert resume("--learning_rate 1e-3 --max_iters 7")[0] == 0
+
+
+def test_a_new_model_that_is_not_finite_is_not_called_damaged():
+    with one_line_error("the loss is nan before the first step", "choose a smaller one"):
+        new_trainer().check_finite({"loss": math.nan})
 
 
 # Fine-tuning
@@ -456,14 +481,17 @@ def test_paths_may_begin_with_a_tilde_and_control_characters_in_samples_are_repl
     assert "    | " in err and not {"\x1b", "\r"} & set(err)
 
 
-def test_a_model_is_replaced_only_when_asked_and_when_nothing_can_fail(run, trained, tmp_path):
+def test_a_model_is_replaced_only_when_asked_and_when_nothing_can_fail(run, trained, tmp_path, monkeypatch):
     for name in ("encoder.json", "vocab.bpe", "tokenizer.json"):  # of a model made elsewhere
         write(trained / name, b"{}")
     before = contents(trained)
     mistake(run(), "new exists", "--resume", "--overwrite")
     mistake(run("--overwrite", dataset=write(tmp_path / "short.txt", b"short")), "longer text")
-    with mock.patch("training.plan.check_space", side_effect=UserError("no room")):
-        mistake(run("--overwrite"), "no room")
+    needed = 7 * 4 * count_params(300, 16, 16, 2, 2)
+    freed = sum(len(before[name]) for name in set(STALE) & set(before))
+    set_free_space(monkeypatch, needed - freed - 1)
+    mistake(run("--overwrite"), "make room")
+    set_free_space(monkeypatch, needed - freed)
     with mock.patch.object(trainer, "loss_and_gradients", side_effect=MemoryError("Unable to allocate 3 GiB")):
         mistake(run("--overwrite"), "not enough memory", "batch")
     assert contents(trained) == before
@@ -495,6 +523,9 @@ def test_resuming_with_other_options_or_what_was_never_trained(trained, resume, 
         ("val.bin", lambda content: content[:-1]),
         ("val.bin", lambda content: b"\xff" * len(content)),
         ("val.bin", None),
+        ("hparams.json", lambda content: content.replace(b'"n_layer": 2', b'"n_layer": 2147483647')),
+        ("hparams.json", lambda content: content.replace(b'"n_head": 2', b'"n_head": 4')),
+        ("hparams.json", lambda content: content.replace(b'"n_ctx": 16', b'"n_ctx": 8')),
     ],
 )
 def test_resuming_from_damaged_files(trained, resume, name, damage):
@@ -503,6 +534,117 @@ def test_resuming_from_damaged_files(trained, resume, name, damage):
     if damage:
         write(trained / name, damage(content))
     mistake(resume(), STATE if name == "hparams.json" else name, "is corrupt")
+
+
+WRONG_OPTIONS = [("seed", -1), ("seed", "1"), ("seed", 1.5), ("max_iters", True), ("max_iters", None), ("n_layer", [2])]
+WRONG_OPTIONS += [(name, 0) for name in ("batch_size", "block_size", "eval_interval", "eval_iters", "threads")]
+WRONG_OPTIONS += [("learning_rate", x) for x in (math.nan, math.inf, 0, -1.0, "1e-3", 10**400)]
+WRONG_OPTIONS += [
+    ("dropout", 1),
+    ("beta2", 1.0),
+    ("min_lr", -1),
+    ("dataset", 7),
+    ("name", None),
+    ("max_iters", 10**200),
+]
+WRONG_STATE = [("step", -1), ("step", 0.5), ("best_loss", math.nan), ("best_loss", "low"), ("seconds", -1)]
+WRONG_STATE += [("tokens", [1, 2]), ("tokens", {"train": "9", "val": 9}), ("tokens", {"train": 9}), ("best_step", 3)]
+WRONG_STATE += [("val_chars_per_token", 0)]
+
+
+@pytest.mark.parametrize(("part", "wrong"), [("options", WRONG_OPTIONS), ("state", WRONG_STATE)])
+def test_resuming_from_wrong_metadata(trained, resume, part, wrong):
+    good = (trained / STATE).read_bytes()
+    for name, value in wrong:
+        rewrite(trained, part, lambda fields, wrong=(name, value): json.dumps(fields | dict([wrong])))
+        mistake(resume(), STATE, "is corrupt", "tokens" if name == "tokens" else "steps" if value == 3 else name)
+        write(trained / STATE, good)
+    for text in ("[1]", "null", '"a"', "", "[" * 100_000):
+        rewrite(trained, part, lambda fields, text=text: text)
+        mistake(resume(), STATE, "is corrupt")
+        write(trained / STATE, good)
+    required = "max_iters" if part == "options" else "step"
+    rewrite(trained, part, lambda fields: json.dumps({name: fields[name] for name in fields if name != required}))
+    mistake(resume(), STATE, "is corrupt", f"no {required}")
+
+
+def test_resuming_with_parameters_that_are_not_finite_or_data_shorter_than_a_window(trained, resume):
+    good = (trained / STATE).read_bytes()
+    write(trained / STATE, good[:-4] + b"\xff\xff\xff\xff")
+    mistake(resume(), STATE, "infinite or NaN")
+    write(trained / STATE, good)
+    rewrite(trained, "state", lambda state: json.dumps(state | {"tokens": {"train": 0, "val": 0}}))
+    mistake(resume(), "0 tokens for training", "--block_size 16")
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-100], lambda content: b"", None])
+def test_a_damaged_best_model_is_evaluated_and_written_again_at_once(trained, resume, damage):
+    path = trained / "model.safetensors"
+    before, content = contents(trained), path.read_bytes()
+    path.unlink()
+    if damage:
+        write(path, damage(content))
+    with at_step(3, mock.Mock(side_effect=SystemExit)), pytest.raises(SystemExit):
+        resume("--max_iters 1000 --eval_interval 1000")
+    assert path.read_bytes() == content and state_of(trained)["best_step"] == 2
+    code, _, err = resume("--max_iters 2")
+    assert code == 0 and err.count("written again") == 1  # by the run that was killed
+    for name in ("config.json", "vocab.json", "train.bin"):
+        assert (trained / name).read_bytes() == before[name]
+
+
+@pytest.mark.parametrize("content", [None, b"{}", b"{", b'{"model_type": "bert"}'])
+def test_a_damaged_config_is_written_again_and_the_best_model_kept(trained, resume, content):
+    path, weights = trained / "config.json", (trained / "model.safetensors").read_bytes()
+    good = path.read_bytes()
+    path.unlink()
+    if content:
+        write(path, content)
+    rewrite(trained, "state", lambda state: json.dumps(state | {"best_loss": 0.5, "best_step": 1}))
+    code, out, err = resume("--max_iters 3")
+    assert code == 0 and "config.json" in err and "at step 1 of 3" in out
+    assert path.read_bytes() == good and (trained / "model.safetensors").read_bytes() == weights
+    write(path, good.replace(b'"n_head": 2', b'"n_head": 4'))
+    mistake(resume(), "config.json and hparams.json differ")
+
+
+def test_a_vocabulary_of_another_model_is_noticed(trained, resume):
+    """It is consistent, but has a merge and its token less."""
+    merges = (trained / "merges.txt").read_text(encoding="utf-8").splitlines()
+    vocabulary = json.loads((trained / "vocab.json").read_text(encoding="utf-8"))
+    del vocabulary[merges[-1].replace(" ", "")]
+    write(trained / "vocab.bpe", "\n".join(merges[:-1]).encode())
+    write(trained / "encoder.json", json.dumps(vocabulary).encode())
+    mistake(resume(), "has 299 tokens", "has 300", "put the right vocabulary there")
+
+
+def test_lines_of_the_log_that_are_not_its_own_are_dropped(trained, resume):
+    wrong = ['{"step": "x", "loss": 1}', '{"step": 1, "loss": null}', '{"step": 1.5}', '{"step": 1, "loss": [1]}']
+    wrong += ['{"step": 1, "loss": NaN}', f'{{"step": 1, "loss": {10**400}}}', "[" * 100_000, "1", '{"step": 1, "lo']
+    log = trained / "log.jsonl"
+    before = read_log(trained)
+    write(log, "\n".join([*wrong, *log.read_text(encoding="utf-8").splitlines(), *wrong]).encode() + b"\xff\n")
+    assert resume()[0] == 0
+    assert read_log(trained) == before and len(log.read_text(encoding="utf-8").splitlines()) == len(before)
+
+
+def test_the_picture_is_drawn_again_and_leftovers_of_a_killed_run_are_removed(trained, resume):
+    (trained / "loss.png").unlink()
+    write(trained / ".0123456789abcdef.tmp", b"half")
+    assert resume()[0] == 0
+    assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(trained.glob(".*"))
+
+
+def test_a_fifo_in_place_of_a_file_is_an_error(trained):
+    """In a process of its own, since reading a FIFO would wait for ever."""
+    for name in ("log.jsonl", STATE, "hparams.json", "train.bin"):
+        (trained / name).rename(trained / "kept")
+        os.mkfifo(trained / name)
+        options = ("--name", "new", "--models_dir", trained.parent, "--resume")
+        code, out, err = programs.run(*options, script="train.py")
+        mistake((code, out, err.decode()), name, "is corrupt")
+        (trained / "kept").rename(trained / name)
 
 
 @pytest.mark.parametrize(
@@ -519,11 +661,90 @@ def test_resuming_from_damaged_files(trained, resume, name, damage):
         ("--tokenizer bytes", ["--vocab_size", "bytes"]),
         ("--init_from nothing-there", ["--n_layer", "nothing-there"]),
         *((f"--name={name}", ["--name"]) for name in ("124M", "a/b", "..", "", "a%b")),
+        ("--batch_size 99999999", ["needs about", "lower --batch_size"]),
+        ("--batch_size 1 --n_layer 1000000000", ["needs", "make room"]),
+        ("--block_size 1000000000", ["--block_size 1000000000"]),
+        (f"--n_embd {2 * 10**99} --n_layer {10**99}", ["needs", "make room"]),
+        ("--threads 1000000000", ["--threads", "the maximum is 1024"]),
     ],
 )
 def test_options_that_make_no_sense(run, folder, options, words):
     mistake(run(options), *words)
-    assert not folder.exists()
+    assert not folder.parent.exists()
+
+
+def test_options_that_only_take_long_are_accepted(run):
+    """Each is far more than one training needs."""
+    options = f"--eval_iters {10**12} --max_iters 1 --lr_decay_iters {10**99} --seed {10**99} --eval_interval {10**99}"
+    assert run(options)[0] == 0
+
+
+def test_a_name_that_is_a_file_and_a_folder_that_cannot_be_written(run, folder):
+    folder.parent.mkdir()
+    write(folder, b"mine")
+    for options in ("", "--overwrite", "--resume"):
+        mistake(run(options), "new is not a folder")
+    assert folder.read_bytes() == b"mine"
+    mistake(run(models_dir="/proc"), "/proc/new", "0 bytes free", "--models_dir")
+    with one_line_error("cannot write /proc/.new.lock (", "--models_dir"), train_cli.lock("/proc/new"):
+        pass
+
+
+def test_without_a_dataset_nothing_is_created(run, folder):
+    mistake(run(dataset=None), "--dataset is missing")
+    assert not folder.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("hparams", "options"),
+    [
+        ((300, 128, 128, 4, 4), {"batch_size": 48, "dropout": 0.1}),  # mostly activations
+        ((300, 16, 1024, 4, 1), {"batch_size": 1, "block_size": 16}),  # parameters
+        ((300, 256, 16, 16, 2), {"batch_size": 12, "block_size": 256, "gradient_accumulation_steps": 2}),  # scores
+        ((20_000, 16, 64, 2, 1), {"batch_size": 32, "block_size": 16}),  # logits
+        ((300, 1, 1, 1, 600), {"batch_size": 1, "block_size": 1}),  # Python objects
+    ],
+)
+def test_the_estimate_of_memory_is_below_the_measured_peak_and_above_a_third_of_it(hparams, options, monkeypatch):
+    hparams = dict(zip(("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"), hparams, strict=True))
+    estimates = []
+    monkeypatch.setattr("training.memory.check_memory", lambda what, n_bytes, remedy: estimates.append(n_bytes))
+    options = Options(**PRESETS["3min"] | {"name": "new", "dataset": "random", "threads": 2} | options)
+    check_training_memory(options, hparams)
+    command = [sys.executable, "-c", PEAK, repr(options), repr(hparams)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, check=True)
+    assert int(done.stdout) / 3 < estimates[0] < int(done.stdout)
+
+
+PEAK = """
+import re, sys
+import numpy as np
+from train import train_step
+from training.checkpoint import State
+from training.initialization import gpt2_deviation, initial_tensors
+from training.options import Options
+from training.plan import Plan, new_optimizer
+from training.trainer import Trainer
+from weights.names import tensor_shapes
+
+def memory(name):
+    with open("/proc/self/status", encoding="utf-8") as f:
+        return 1024 * int(re.search(name + r":\\s*(\\d+) kB", f.read())[1])
+
+options, hparams, before = eval(sys.argv[1]), eval(sys.argv[2]), memory("VmRSS")
+optimizer = new_optimizer(initial_tensors(tensor_shapes(**hparams), 0, gpt2_deviation(hparams["n_layer"])), options)
+data = {"train": np.arange(999, dtype=np.uint16) % 99}
+state = State(tokens={}, val_chars_per_token=1.0)
+with Trainer(Plan("", options, state, None, hparams, optimizer, data)).threads() as of:
+    train_step(of)
+print(memory("VmHWM") - before)
+"""
+
+
+def test_without_a_terminal_there_are_lines_of_progress(run, monkeypatch):
+    assert "step 1 of 2: loss" not in run("--max_iters 2")[2]
+    monkeypatch.setattr("training.progress.LINE_INTERVAL", 0)
+    assert re.findall(r"^step \d of 2: loss 5\.\d+, \d+ tokens/s$", run("--max_iters 2 --overwrite")[2], re.M) != []
 
 
 # Data
@@ -550,13 +771,13 @@ def test_splits_have_nanogpts_and_llm_cs_hashes():
 def test_tinyshakespeare_is_downloaded_once_and_an_altered_copy_refused(run, tmp_path, monkeypatch):
     path, published = tmp_path / "tinyshakespeare.txt", (14, hashlib.sha256(b"First Citizen:").hexdigest())
     monkeypatch.setattr(dataset, "TINYSHAKESPEARE", ("http://127.0.0.1:9/input.txt", *published))
-    fetch = mock.Mock(side_effect=lambda *_: write(path, b"First Citizen:"))
+    fetch = mock.Mock(side_effect=lambda *_, **remedies: write(path, b"First Citizen:"))
     monkeypatch.setattr(dataset, "download_file", fetch)
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         assert dataset.read_dataset("tinyshakespeare", str(tmp_path)) == "First Citizen:"
     remedy = "give the path of a copy instead"
-    fetch.assert_called_once_with("http://127.0.0.1:9/input.txt", str(path), *published, remedy)
+    fetch.assert_called_once_with("http://127.0.0.1:9/input.txt", str(path), *published, remedy=remedy)
     write(path, b"First Citizen!")
     result = run(f"--data_dir {tmp_path}", dataset="tinyshakespeare")
     mistake(result, "tinyshakespeare.txt was altered (14 bytes and", "remove it")
@@ -580,6 +801,19 @@ def test_sections_begin_with_end_of_text():
     assert ids[0] == end and ids.count(end) == TEXT.count("\n\n") + 1 > 20 and len(val_ids) == len(ids) // 10
     assert encoder.decode(i for i in ids if i != end) == TEXT
     assert val_chars == len(encoder.decode(i for i in val_ids if i != end))
+
+
+@pytest.mark.parametrize(
+    "text", [TEXT, "a" * 500 + "\n\n" + "b" * 30, "a\n\n" + "bc " * 900, "ab " * 40 + "\n\ncd" * 500]
+)
+def test_the_vocabulary_is_learned_from_text_that_is_not_for_validation(text):
+    learned_from = dataset.training_text(text, "sections")
+    encoder = dataset.train_encoder(learned_from, 300, True)
+    train_ids, val_ids, _ = dataset.encode_splits(text, encoder, "sections")
+    held_out = encoder.decode(i for i in val_ids if i != encoder.encoder[END_OF_TEXT])
+    assert text.startswith(held_out) and text.endswith(learned_from)
+    assert 0 < len(learned_from) <= len(text) - len(held_out) and train_ids
+    assert dataset.training_text(text, "plain") == dataset.split_text(text)["train"]
 
 
 def test_windows():

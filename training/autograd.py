@@ -208,11 +208,22 @@ def array_of(x):
     return x.data if isinstance(x, Tensor) else x
 
 
+def takes(function, inputs, options):
+    """Return whether a function has parameters for these arguments."""
+    try:
+        inspect.signature(function).bind(*inputs, **options)
+    except TypeError:
+        return False
+    return True
+
+
 def apply(ours, name, inputs, options):
     """Apply one of OPERATIONS to arrays and Tensors; return a Tensor that records which Tensors it depends on."""
     try:
         value, *derivatives = ours(*map(array_of, inputs), **options)
-    except TypeError as error:  # an argument of NumPy's function that ours lacks
+    except TypeError as error:
+        if takes(ours, inputs, options):
+            raise
         raise unsupported(name, options or ["such arguments"]) from error
     parents = [(x, derivative) for x, derivative in zip(inputs, derivatives, strict=False) if isinstance(x, Tensor)]
     return Tensor(value, [x for x, _ in parents], lambda dy: (derivative(dy) for _, derivative in parents))
@@ -313,18 +324,18 @@ def matmul(a, b):
 
 
 @operation(np.sum)
-def sum_(x, axis=None, keepdims=False):
+def sum_(x, axis=None, *, keepdims=False):
     return np.sum(x, axis=axis, keepdims=keepdims), lambda dy: np.broadcast_to(restore(dy, axis, keepdims), x.shape)
 
 
 @operation(np.mean)
-def mean(x, axis=None, keepdims=False):
+def mean(x, axis=None, *, keepdims=False):
     y = np.mean(x, axis=axis, keepdims=keepdims)
     return y, lambda dy: np.broadcast_to(restore(dy / (x.size // y.size), axis, keepdims), x.shape)
 
 
 @operation(np.max)
-def max_(x, axis=None, keepdims=False):
+def max_(x, axis=None, *, keepdims=False):
     highest = x == np.max(x, axis=axis, keepdims=True)  # equal maxima share the gradient
     weight = highest / np.sum(highest, axis=axis, keepdims=True, dtype=x.dtype)
     return np.max(x, axis=axis, keepdims=keepdims), lambda dy: restore(dy, axis, keepdims) * weight

@@ -10,9 +10,12 @@ import math
 import os
 from dataclasses import asdict, dataclass
 
-from training.options import Options, known_fields
+import numpy as np
+
+from training.fields import Count, Loss, PositiveRate, Rate, Step, from_json
+from training.options import Options
 from weights.errors import CorruptFile
-from weights.names import tensor_shapes
+from weights.names import count_params, tensor_shapes
 from weights.safetensors_file import load_safetensors, save_safetensors
 
 STATE = "training.safetensors"
@@ -22,14 +25,14 @@ STATE = "training.safetensors"
 class State:
     """The progress of a training run, and the sizes of its data."""
 
-    tokens: dict[str, int]  # number of tokens by split, "train" and "val"
-    val_chars_per_token: float  # characters per token of the validation text
-    step: int = 0  # updates made so far
-    evaluated_step: int = -1  # step of the last evaluation, -1: none
-    saved_step: int = -1  # step of the last save, -1: none
-    seconds: float = 0.0  # time spent in all runs together until the last save, evaluations included
-    best_loss: float = math.inf  # lowest validation loss, in nats per token
-    best_step: int = -1  # its step
+    tokens: dict[str, Count]  # number of tokens by split, "train" and "val"
+    val_chars_per_token: PositiveRate  # characters per token of the validation text
+    step: Count = 0  # updates made so far
+    evaluated_step: Step = -1  # step of the last evaluation, -1: none
+    saved_step: Step = -1  # step of the last save, -1: none
+    seconds: Rate = 0.0  # time spent in all runs together until the last save, evaluations included
+    best_loss: Loss = math.inf  # lowest validation loss, in nats per token
+    best_step: Step = -1  # its step
 
 
 def save_checkpoint(model_dir, options, state, optimizer):
@@ -43,16 +46,34 @@ def save_checkpoint(model_dir, options, state, optimizer):
 def load_checkpoint(model_dir, hparams):
     """Return the Options, the State, and the tensors by part ("w", "m", "v") and checkpoint name.
 
-    Raises CorruptFile for a damaged file, and if its tensors do not have the shapes that hparams require.
+    Raises CorruptFile for a damaged file, and for one of a model with other hparams.
     """
-    path, shapes = os.path.join(model_dir, STATE), tensor_shapes(**hparams)
+    path, n_bytes = os.path.join(model_dir, STATE), 3 * 4 * count_params(**hparams)
     tensors, metadata = load_safetensors(path)
     try:
-        options = Options(**known_fields(Options, json.loads(metadata["options"])))
-        state = State(**known_fields(State, json.loads(metadata["state"])))
-    except (KeyError, ValueError, TypeError, AttributeError):
-        raise CorruptFile(path, "no state of a training run in it") from None
+        options = from_json(Options, json.loads(metadata["options"]))
+        state = from_json(State, json.loads(metadata["state"]), use_defaults=False)
+        state.saved_step = state.step
+        check_consistency(options, state, hparams)
+    except (LookupError, ValueError, RecursionError) as error:
+        raise CorruptFile(path, f"no state of this training run: {error}") from None
+    if sum(tensor.nbytes for tensor in tensors.values()) != n_bytes:  # before tensor_shapes of a huge n_layer
+        raise CorruptFile(path, f"its tensors do not have the {n_bytes} bytes that match hparams.json")
+    shapes = tensor_shapes(**hparams)
     expected = {f"{part}/{name}": shape for part in "wmv" for name, shape in shapes.items()}
     if {name: tensor.shape for name, tensor in tensors.items()} != expected:
         raise CorruptFile(path, "its tensors do not match hparams.json")
+    if infinite := [name for name, tensor in tensors.items() if not np.all(np.isfinite(tensor))]:
+        raise CorruptFile(path, f"{infinite[0]} has elements that are infinite or NaN")
     return options, state, {part: {name: tensors[f"{part}/{name}"] for name in shapes} for part in "wmv"}
+
+
+def check_consistency(options, state, hparams):
+    """Raise ValueError if the options and the state contradict each other or hparams.json."""
+    for name in ("n_layer", "n_head", "n_embd"):
+        if getattr(options, name) not in (None, hparams[name]):
+            raise ValueError(f"{name} is {getattr(options, name)}, in hparams.json {hparams[name]}")
+    if options.block_size > hparams["n_ctx"]:
+        raise ValueError(f"block_size is {options.block_size}, n_ctx in hparams.json {hparams['n_ctx']}")
+    if set(state.tokens) != {"train", "val"} or max(state.evaluated_step, state.best_step) > state.step:
+        raise ValueError("its numbers of tokens or of steps contradict each other")

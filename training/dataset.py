@@ -5,6 +5,7 @@ memory-mapped.
 """
 
 import codecs
+import itertools
 import os
 import sys
 
@@ -13,7 +14,8 @@ import numpy as np
 from encoder import END_OF_TEXT, Encoder, bytes_to_unicode, learn_merges
 from weights.download import download_file, sha256_of
 from weights.errors import CorruptFile, UserError
-from weights.files import atomic_write, decode_utf8
+from weights.files import atomic_write, decode_utf8, map_file
+from weights.lock import new_folder
 
 TINYSHAKESPEARE = (  # Karpathy's file of Shakespeare's plays: URL, bytes, sha256
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -33,9 +35,10 @@ def read_dataset(dataset, data_dir):
     if dataset == "tinyshakespeare" and not os.path.exists(dataset):
         path = os.path.join(data_dir, "tinyshakespeare.txt")
         if not os.path.exists(path):
-            os.makedirs(data_dir, exist_ok=True)
-            print(f"downloading {TINYSHAKESPEARE[0]} to {path}", file=sys.stderr, flush=True)
-            download_file(*TINYSHAKESPEARE[:1], path, *TINYSHAKESPEARE[1:], "give the path of a copy instead")
+            url, *original = TINYSHAKESPEARE
+            print(f"downloading {url} to {path}", file=sys.stderr, flush=True)
+            with new_folder(data_dir):
+                download_file(url, path, *original, remedy="give the path of a copy instead")
         elif sha256_of(path) != TINYSHAKESPEARE[2]:
             what = f"{os.path.getsize(path)} bytes and another sha256, the original has {TINYSHAKESPEARE[1]} bytes"
             raise UserError(f"{path} was altered ({what}); remove it to download it again")
@@ -55,6 +58,20 @@ def split_text(text):
     return {"train": text[:n_train], "val": text[n_train:]}
 
 
+def training_text(text, layout):
+    """Return the part of a text that encode_splits never takes for validation: a vocabulary is learned from it."""
+    if layout == "plain":
+        return split_text(text)["train"]
+    parts = sections(text)
+    return "".join(parts[n_held_out(parts) :])
+
+
+def n_held_out(parts):
+    """Return how many of the first sections, but not the last, have a tenth of the characters."""
+    ends = np.cumsum([len(part) for part in parts])
+    return min(1 + int(np.searchsorted(ends, ends[-1] / 10)), len(parts) - 1)
+
+
 def sections(text):
     r"""Split a text at blank lines, as llm.c does; each part keeps the "\n\n" that follows it."""
     parts = text.split("\n\n")
@@ -65,7 +82,8 @@ def encode_splits(text, encoder, layout):
     """Return the token ids for training, those for validation, and the number of characters of the latter.
 
     layout: "plain" encodes the two parts of split_text. "sections" puts <|endoftext|> before each section and takes the
-    first 32,768 ids for validation, as llm.c does, but at most the first tenth.
+    first 32,768 ids for validation, as llm.c does, but at most a tenth of the ids, and only those of sections that are
+    not in training_text.
     """
     if layout == "plain":
         splits = split_text(text)
@@ -73,8 +91,9 @@ def encode_splits(text, encoder, layout):
     parts = sections(text)
     if len(parts) == 1:
         raise UserError("the text has no blank line (two line feeds) between sections; use --layout plain")
-    ids = [i for part in parts for i in (encoder.encoder[END_OF_TEXT], *encoder.encode(part))]
-    n_val = min(LLM_C_VALIDATION, len(ids) // 10)
+    encoded = [[encoder.encoder[END_OF_TEXT], *encoder.encode(part)] for part in parts]
+    ids = list(itertools.chain(*encoded))
+    n_val = min(LLM_C_VALIDATION, len(ids) // 10, sum(map(len, encoded[: n_held_out(parts)])))
     return ids[n_val:], ids[:n_val], len(encoder.decode(i for i in ids[:n_val] if i != encoder.encoder[END_OF_TEXT]))
 
 
@@ -103,10 +122,10 @@ def open_tokens(path, n_vocab, n_tokens):
 
     Raises CorruptFile unless there are n_tokens of them, all below n_vocab.
     """
-    found = os.path.getsize(path) if os.path.exists(path) else 0
-    if found != 2 * n_tokens:
-        raise CorruptFile(path, f"{found} bytes, expected {2 * n_tokens} for {n_tokens} ids")
-    ids = np.memmap(path, "<u2", mode="r")
+    mapped = map_file(path) if os.path.exists(path) else b""
+    if len(mapped) != 2 * n_tokens:
+        raise CorruptFile(path, f"{len(mapped)} bytes, expected {2 * n_tokens} for {n_tokens} ids")
+    ids = np.frombuffer(mapped, "<u2")
     if (largest := int(ids.max())) >= n_vocab:
         raise CorruptFile(path, f"token id {largest} in a vocabulary of {n_vocab}")
     return ids

@@ -1,5 +1,6 @@
 """Save matplotlib figures as PNG, SVG or PDF, and check beforehand that this will work."""
 
+import io
 import os
 
 from weights.errors import UserError
@@ -28,8 +29,10 @@ def new_figure(width, height):
 
 def save_figure(figure, path, remedy=REMEDY):
     """Write the figure in the format of the path's extension. Raises UserError if the path cannot be written."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=extension(path), dpi=120)
     with atomic_write(path, remedy) as f:
-        figure.savefig(f, format=extension(path), dpi=120)
+        f.write(drawn.getbuffer())
 
 
 def extension(path):

@@ -1,7 +1,13 @@
 """The options of a training run, and presets of them."""
 
 import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Annotated
+
+from training.fields import Count, Fraction, Positive, PositiveRate, Rate
+
+SHARD_TOKENS = 256  # minimum per shard; below it, adding up gradients costs more time than another thread saves
+MAX_THREADS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,36 +22,36 @@ class Options:
     init_from: str = "scratch"  # or the name of the pretrained model to fine-tune
 
     # The model; None if it is fine-tuned, because the pretrained model determines them
-    n_layer: int | None = None
-    n_head: int | None = None
-    n_embd: int | None = None
+    n_layer: Positive | None = None
+    n_head: Positive | None = None
+    n_embd: Positive | None = None
     tokenizer: str | None = None  # "bpe", "bytes" or "gpt2"
-    vocab_size: int | None = None  # of a "bpe" tokenizer
+    vocab_size: Positive | None = None  # of a "bpe" tokenizer
 
     # Data
     layout: str = "plain"  # or "sections"
-    block_size: int  # tokens per window
-    batch_size: int  # windows per batch
-    gradient_accumulation_steps: int = 1  # batches per step
+    block_size: Positive  # tokens per window
+    batch_size: Positive  # windows per batch
+    gradient_accumulation_steps: Positive = 1  # batches per step
 
     # Optimization
-    max_iters: int  # steps
-    learning_rate: float  # the largest, after the warm-up
-    warmup_iters: int  # steps of linear warm-up to learning_rate
-    lr_decay_iters: int | None = None  # the step at which min_lr is reached; None: max_iters
-    min_lr: float | None = None  # None: learning_rate / 20
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.99
-    grad_clip: float = 1.0  # the largest global norm of the gradients; 0: unlimited
-    dropout: float  # probability of zeroing an element
-    seed: int = 1337
+    max_iters: Count  # steps
+    learning_rate: PositiveRate  # the largest, after the warm-up
+    warmup_iters: Count  # steps of linear warm-up to learning_rate
+    lr_decay_iters: Positive | None = None  # the step at which min_lr is reached; None: max_iters
+    min_lr: Rate | None = None  # None: learning_rate / 20
+    weight_decay: Rate = 0.1
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.99
+    grad_clip: Rate = 1.0  # the largest global norm of the gradients; 0: unlimited
+    dropout: Fraction  # probability of zeroing an element
+    seed: Count = 1337
 
     # Evaluation
-    eval_interval: int = 250  # steps
-    eval_iters: int = 20  # batches per split
+    eval_interval: Positive = 250  # steps
+    eval_iters: Positive = 20  # batches per split
 
-    threads: int = 1
+    threads: Annotated[int, lambda n: 1 <= n <= MAX_THREADS] = 1
 
     @property
     def schedule(self):
@@ -57,15 +63,15 @@ class Options:
     def tokens_per_step(self):
         return self.batch_size * self.gradient_accumulation_steps * self.block_size
 
+    @property
+    def n_shards(self):
+        """The number of equal parts of a batch that are processed at the same time, in a thread each."""
+        return max(1, min(self.threads, self.batch_size, self.batch_size * self.block_size // SHARD_TOKENS))
+
     def model_arguments(self, flag="--model_size"):
         """Return the arguments that select this model on a command line, for messages."""
         models_dir = "" if self.models_dir == "models" else f" --models_dir {shlex.quote(self.models_dir)}"
         return f"{flag} {self.name}{models_dir}"
-
-
-def known_fields(cls, values):
-    """Return the items of a dict that are fields of a dataclass: files of other versions may have more."""
-    return {field.name: values[field.name] for field in fields(cls) if field.name in values}
 
 
 MODEL_OPTIONS = ("n_layer", "n_head", "n_embd", "tokenizer", "vocab_size")  # None if the model is fine-tuned

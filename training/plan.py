@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 
 import numpy as np
 
@@ -22,18 +23,21 @@ from training.dataset import (
     open_tokens,
     read_dataset,
     save_tokens,
-    split_text,
     train_encoder,
+    training_text,
 )
+from training.fields import known_fields
 from training.initialization import gpt2_deviation, initial_tensors
-from training.options import FIXED_OPTIONS, MODEL_OPTIONS, PRESETS, Options, known_fields
+from training.memory import check_training_memory
+from training.options import FIXED_OPTIONS, MODEL_OPTIONS, PRESETS, Options
 from training.report import LOG, PICTURE, truncate_log
-from utils import load_encoder_hparams_and_params, load_gpt2_encoder
+from utils import check_vocabulary, load_encoder_hparams_and_params, load_gpt2_encoder
+from weights.download import size_of
 from weights.errors import UserError
-from weights.files import atomic_write
-from weights.names import flatten, load_hparams, n_params, tensor_shapes
+from weights.files import atomic_write, remove_leftovers
+from weights.names import count_params, flatten, load_hparams, read_hparams, tensor_shapes
 from weights.resources import check_space
-from weights.safetensors_file import WEIGHTS
+from weights.safetensors_file import WEIGHTS, load_params, save_params
 
 # Files of a model that is replaced; encoder.json, for example, would be read in place of the new vocab.json.
 STALE = (STATE, LOG, PICTURE, WEIGHTS, "config.json", "encoder.json", "vocab.bpe", "tokenizer.json")
@@ -57,7 +61,7 @@ class Plan:
         shape = ", ".join(f"{name} {value}" for name, value in hparams.items())
         epochs = options.max_iters * options.tokens_per_step / tokens["train"]
         return (
-            f"{n_params(tensor_shapes(**hparams)) / 1e6:.2f} M parameters ({shape}); {tokens['train']} tokens for "
+            f"{count_params(**hparams) / 1e6:.2f} M parameters ({shape}); {tokens['train']} tokens for "
             f"training, {tokens['val']} for validation; {options.max_iters} steps of {options.tokens_per_step} tokens: "
             f"{epochs:.1f} epochs"
         )
@@ -87,10 +91,12 @@ def plan_new(model_dir, given):
             options = dataclasses.replace(options, block_size=min(options.block_size, hparams["n_ctx"]))
         check_fine_tuning(options, encoder, hparams)
     data, val_chars = encode_data(text, encoder, options)
-    shapes = tensor_shapes(**hparams)
-    check_space(model_dir, 8 * 4 * n_params(shapes))  # old and new: parameters, two moments, best parameters
+    freed = sum(size_of(os.path.join(model_dir, name)) for name in STALE)
+    # training.safetensors (3 arrays per parameter), its successor until it replaces it (3), model.safetensors (1)
+    check_space(model_dir, 7 * 4 * count_params(**hparams) - freed)
+    check_training_memory(options, hparams)
     if options.init_from == "scratch":
-        tensors = initial_tensors(shapes, options.seed, gpt2_deviation(options.n_layer))
+        tensors = initial_tensors(tensor_shapes(**hparams), options.seed, gpt2_deviation(options.n_layer))
     else:
         tensors = {name: np.array(tensor) for name, tensor in flatten(params, hparams).items()}  # writable copies
     n_tokens = {split: len(ids) for split, ids in data.items()}
@@ -131,7 +137,7 @@ def new_encoder(options, text):
         return load_gpt2_encoder(options.models_dir)
     end_of_text = options.layout == "sections"
     vocab_size = N_BYTES + end_of_text if options.tokenizer == "bytes" else options.vocab_size
-    return train_encoder(split_text(text)["train"], vocab_size, end_of_text)
+    return train_encoder(training_text(text, options.layout), vocab_size, end_of_text)
 
 
 def check_fine_tuning(options, encoder, hparams):
@@ -173,12 +179,18 @@ def plan_resumed(model_dir, given):
     options = dataclasses.replace(options, **known_fields(Options, given))
     if options.max_iters < state.step:
         raise UserError(f"{model_dir} is at step {state.step} already; --max_iters must be at least that")
-    if not os.path.exists(os.path.join(model_dir, WEIGHTS)):
-        state.best_loss, state.evaluated_step = math.inf, -1  # so that model.safetensors is written again
+    check_training_memory(options, hparams)
+    check_length(state.tokens["train"], state.tokens["val"], options.block_size)
     optimizer = new_optimizer({name: np.array(tensor) for name, tensor in tensors["w"].items()}, options)
     optimizer.load_moments(tensors["m"], tensors["v"], state.step)
-    encoder, data = get_encoder(given["name"], given["models_dir"]), open_data(model_dir, hparams, state)
-    return Plan(model_dir, options, state, encoder, hparams, optimizer, data)
+    encoder = get_encoder(given["name"], given["models_dir"])
+    check_vocabulary(encoder, hparams, model_dir)
+    if options.init_from == "scratch" and len(encoder.encoder) != hparams["n_vocab"]:
+        raise UserError(
+            f"{model_dir}: the vocabulary has {len(encoder.encoder)} tokens, but the model has {hparams['n_vocab']}; "
+            "put the right vocabulary there"
+        )
+    return Plan(model_dir, options, state, encoder, hparams, optimizer, open_data(model_dir, hparams, state))
 
 
 def open_data(model_dir, hparams, state):
@@ -192,11 +204,14 @@ def open_data(model_dir, hparams, state):
 def prepare_folder(plan):
     """Write the files that stay the same during training, after removing those of a model that is replaced.
 
-    plan.data is then read from these files. For a resumed run, drop the lines of the log after its last save.
+    plan.data is then read from these files. For a resumed run, drop the lines of the log after its last save. The
+    caller holds the lock of the folder.
     """
-    if plan.state.saved_step >= 0:
-        return truncate_log(plan.model_dir, plan.state.step)
     os.makedirs(plan.model_dir, exist_ok=True)
+    remove_leftovers(plan.model_dir)
+    if plan.state.saved_step >= 0:
+        restore_best_model(plan)
+        return truncate_log(plan.model_dir, plan.state.step)
     for name in STALE:
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(plan.model_dir, name))
@@ -206,3 +221,26 @@ def prepare_folder(plan):
     for split, ids in plan.data.items():
         save_tokens(os.path.join(plan.model_dir, f"{split}.bin"), ids)
     plan.data = open_data(plan.model_dir, plan.hparams, plan.state)
+
+
+def restore_best_model(plan):
+    """Write config.json again if it is damaged. If model.safetensors is, forget it: the next evaluation writes both."""
+    config, weights = (os.path.join(plan.model_dir, name) for name in ("config.json", WEIGHTS))
+    best, found = read_or_none(load_params, weights, plan.hparams), read_or_none(read_hparams, config)
+    if found not in (None, plan.hparams):
+        raise UserError(f"{config} and hparams.json differ; correct the wrong one")
+    if best is None:
+        plan.state.best_loss, plan.state.best_step, plan.state.evaluated_step = math.inf, -1, -1
+    elif found is None:
+        save_params(plan.model_dir, best, plan.hparams, plan.encoder.encoder.get(END_OF_TEXT))
+
+
+def read_or_none(read, path, *arguments):
+    """Return read(path, *arguments), or None, after a message, if the file is missing or damaged."""
+    try:
+        return read(path, *arguments)
+    except FileNotFoundError:
+        reason = f"{path} is missing"
+    except UserError as error:
+        reason = str(error).partition(";")[0]
+    print(f"{reason}; it is written again", file=sys.stderr)

@@ -10,8 +10,11 @@ from tqdm import tqdm
 
 import gpt2
 from sampling import make_sampler
+from training.fields import Count, Number, has_type
 from training.figure import new_figure, save_figure
-from weights.files import atomic_write
+from training.progress import Lines
+from weights.errors import printable
+from weights.files import atomic_write, open_regular
 
 LOG, PICTURE = "log.jsonl", "loss.png"
 LOG_INTERVAL = 10  # steps
@@ -23,10 +26,13 @@ class Report:
 
     def __init__(self, trainer):
         self.trainer, self.model_dir, self.step_seconds = trainer, trainer.plan.model_dir, []
+        self.lines = Lines()
 
     def __enter__(self):
         total, step = self.trainer.options.max_iters, self.trainer.state.step
         self.bar = tqdm(total=total, initial=step, unit="step", disable=None, dynamic_ncols=True)
+        if self.trainer.state.saved_step >= 0:  # a resumed run, which may have been killed before it drew
+            self.plot_losses()
         return self
 
     def __exit__(self, *_):
@@ -40,8 +46,10 @@ class Report:
         self.step_seconds.append(seconds)
         tokens = self.trainer.options.tokens_per_step * len(self.step_seconds)
         speed = round(tokens / sum(self.step_seconds))
-        self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {speed} tokens/s", refresh=False)
+        progress = f"loss {metrics['loss']:.3f}, {speed} tokens/s"
+        self.bar.set_postfix_str(progress, refresh=False)
         self.bar.update()
+        self.lines.show(f"step {self.trainer.state.step} of {self.trainer.options.max_iters}: {progress}")
         if self.trainer.state.step % LOG_INTERVAL == 0:
             self.log(metrics | {"tokens_per_second": speed})
             self.step_seconds.clear()
@@ -88,20 +96,20 @@ class Report:
         save_figure(figure, os.path.join(self.model_dir, PICTURE), "choose another --models_dir")
 
 
-def printable(text):
-    """Return the text with U+FFFD for control and other unprintable characters, except line feed and tab."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
 def read_log(model_dir, last_step=math.inf):
-    """Return the lines of log.jsonl up to last_step, as dicts. Lines that a crash cut off are skipped."""
+    """Return the lines of log.jsonl up to last_step, as dicts. Lines that a crash cut off or damaged are skipped."""
     path, lines = os.path.join(model_dir, LOG), []
     if os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as f:
+        with open_regular(path) as f:
             for line in f:
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError, RecursionError):
                     lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict) and line.get("step", math.inf) <= last_step]
+    return [line for line in lines if is_log_line(line) and line["step"] <= last_step]
+
+
+def is_log_line(line):
+    """Return whether a value from JSON is a dict of finite numbers with a whole number of steps."""
+    return has_type(line, dict[str, Number]) and has_type(line.get("step"), Count)
 
 
 def truncate_log(model_dir, last_step):

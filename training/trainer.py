@@ -20,8 +20,6 @@ from weights.errors import UserError
 from weights.names import nest
 from weights.safetensors_file import save_params
 
-SHARD_TOKENS = 256  # minimum per shard; below it, adding up gradients costs more time than another thread saves
-
 
 class Trainer:
     """The model, data and optimizer of a Plan in use: batches, gradients, evaluation, saving.
@@ -34,10 +32,8 @@ class Trainer:
         self.plan, self.options, self.state = plan, plan.options, plan.state
         self.hparams, self.tensors, self.optimizer = plan.hparams, plan.optimizer.tensors, plan.optimizer
         self.params = nest(self.tensors, self.hparams["n_layer"])  # the same arrays, as gpt2() takes them
-        options = self.options
-        batch_tokens = options.batch_size * options.block_size
-        self.n_shards = max(1, min(options.threads, options.batch_size, batch_tokens // SHARD_TOKENS))
-        self.models = [fused.training_model(options.dropout) for _ in range(self.n_shards)]
+        self.n_shards = self.options.n_shards
+        self.models = [fused.training_model(self.options.dropout) for _ in range(self.n_shards)]
         self.eval_model = fused.training_model()
 
     @contextlib.contextmanager
@@ -96,10 +92,10 @@ class Trainer:
             return
         state, options = self.state, self.options
         if state.saved_step < 0:
-            raise UserError(
-                f"{wrong[0]} before the first step: the weights of {options.init_from} are damaged; "
-                "download or train that model again"
-            )
+            cause = f"the weights of {options.init_from} are damaged; download or train that model again"
+            if options.init_from == "scratch":
+                cause = "the new model overflows float32; choose a smaller one"
+            raise UserError(f"{wrong[0]} before the first step: {cause}")
         raise UserError(
             f"training diverged: {wrong[0]} at step {state.step}. {self.plan.model_dir} keeps step {state.saved_step}; "
             f"resume from there with a lower learning rate: python train.py {options.model_arguments('--name')} "

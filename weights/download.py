@@ -14,12 +14,13 @@ import time
 import urllib.parse
 
 from weights.errors import CorruptFile, UserError, printable
-from weights.files import atomic_write, read_text
+from weights.files import atomic_write, cannot_write, read_text
 from weights.resources import check_space
 
 TIMEOUT = (10, 30)  # seconds to connect, seconds between two reads
 ATTEMPTS = 5  # consecutive attempts that bring no new byte
 BACK_OFF = 1.0  # seconds before the second attempt; doubles before each further one
+ANOTHER_FOLDER = "choose a folder on another disk"
 CHUNK = 2**14  # bytes; an incomplete chunk is lost when the connection breaks
 
 
@@ -27,44 +28,48 @@ class Refused(Exception):
     """An answer that another attempt would not change."""
 
 
-def download_file(url, path, size=None, sha256=None, check=None, *, remedy, disk_remedy="choose another --models_dir"):
+def download_file(url, path, size=None, sha256=None, check=None, *, remedy):
     """Download url to path, unless the server's file is not the expected one.
 
     After a broken connection the download resumes at the same byte (HTTP Range) if the server's file is still the same
     (HTTP If-Range), also in the next run; otherwise it starts again. The file must have the server's Content-Length,
-    size (in bytes) and sha256 if given, and check(path.part) must not raise CorruptFile; a file that is rejected is
-    renamed to path.corrupt. Raises UserError if the server cannot be reached, refuses, or sends another file, and if
-    the disk is too small; remedy and disk_remedy end the messages.
+    size (in bytes) and sha256 if given, and check(path.part) must not raise CorruptFile. A file that path already has
+    is renamed to path.corrupt. Raises UserError if the server cannot be reached, refuses, or sends another file, and if
+    the disk is too small; remedy ends the message.
     """
     part = path + ".part"
     if os.path.lexists(part) and not stat.S_ISREG(os.lstat(part).st_mode):
         raise UserError(f"{part} is not a regular file; remove it and run the same command again")
     resumes, _ = resumable(path)
     try:
-        fetch(url, path, size, remedy, disk_remedy)
+        fetch(url, path, size, remedy)
         fault = find_fault(part, size, sha256, check)
         if fault and resumes:  # the fault may be in the bytes of the earlier run
             discard(path)
-            fetch(url, path, size, remedy, disk_remedy)
+            fetch(url, path, size, remedy)
             fault = find_fault(part, size, sha256, check)
-        os.replace(part, path + ".corrupt" if fault else path)
+        if fault:
+            discard(path)
+            raise UserError(f"{url} arrived corrupt ({fault}); run the same command again, or {remedy}")
+        if os.path.exists(path):
+            os.replace(path, path + ".corrupt")
+        os.replace(part, path)
         discard(path)
     except OSError as error:
-        raise UserError(f"cannot write {part} ({error.strerror}); make room, or {disk_remedy}") from None
-    if fault:
-        kept = f"it is kept as {path}.corrupt"
-        raise UserError(f"{url} arrived corrupt ({fault}); {kept}: run the same command again, or {remedy}")
+        if error.errno is None:  # of requests: its certificates are missing, for example
+            raise UserError(f"cannot download {url} ({error}); {remedy}") from None
+        raise cannot_write(part, error, ANOTHER_FOLDER) from None
 
 
-def fetch(url, path, size, remedy, disk_remedy):
-    """Download url to path.part, in as many attempts as necessary."""
+def fetch(url, path, size, remedy):
+    """Download url to path.part; give up when ATTEMPTS attempts in a row have brought no new byte."""
     import requests
     from urllib3.exceptions import HTTPError, NewConnectionError
 
-    failures, reached, again = 0, size_of(path + ".part"), "check the network and run the same command again, or "
+    failures, reached = 0, size_of(path + ".part")
     while True:
         try:
-            return fetch_rest(url, path, size, disk_remedy)
+            return fetch_rest(url, path, size)
         except UserError:
             raise
         except (Refused, requests.RequestException, HTTPError, ValueError) as error:
@@ -74,13 +79,14 @@ def fetch(url, path, size, remedy, disk_remedy):
         reached = max(reached, size_of(path + ".part"))
         what = " ".join(printable(f"{url} ({str(cause) or type(cause).__name__})").split())
         if is_final or unreachable or failures == ATTEMPTS:
-            raise UserError(f"cannot download {what}; {'' if is_final else again}{remedy}")
+            again = "" if is_final else "check the network and run the same command again, or "
+            raise UserError(f"cannot download {what}; {again}{remedy}")
         pause = BACK_OFF * 2 ** (failures - 1)
         print(f"cannot download {what}; next attempt in {pause:.0f} s", file=sys.stderr, flush=True)
         time.sleep(pause)
 
 
-def fetch_rest(url, path, size, disk_remedy):
+def fetch_rest(url, path, size):
     """Append the missing bytes to path.part, in one request; size is the size of the whole file, if known.
 
     Raises Refused, or an exception of requests if another attempt may help.
@@ -100,11 +106,11 @@ def fetch_rest(url, path, size, disk_remedy):
         total = begin + int(length) if length.isdecimal() else size
         if size is not None and total != size:
             raise Refused(f"it has {total} bytes, the original has {size}")
-        check_space(path, (total or 0) - begin, disk_remedy)
+        check_space(path, (total or 0) - begin, ANOTHER_FOLDER)
         bar = tqdm(desc=os.path.basename(path), total=total, initial=begin, unit="B", unit_scale=True, disable=None)
         with bar, open(part, "ab" if begin else "wb") as f:
             if not begin:
-                save_etag(path, response.headers.get("ETag", ""), disk_remedy)
+                save_etag(path, response.headers.get("ETag", ""))
             for chunk in response.iter_content(CHUNK):
                 f.write(chunk)
                 bar.update(len(chunk))
@@ -171,8 +177,8 @@ def resumable(path):
     return 0, ""
 
 
-def save_etag(path, etag, disk_remedy):
-    with atomic_write(path + ".etag", disk_remedy) as f:
+def save_etag(path, etag):
+    with atomic_write(path + ".etag", ANOTHER_FOLDER) as f:
         f.write(etag.encode("utf-8", "replace"))
 
 

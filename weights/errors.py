@@ -27,16 +27,16 @@ class UserError(ValueError):
 
 
 class CorruptFile(UserError):
-    """A damaged file, found by its format, size or checksum."""
+    """A damaged file, found by its format, size or checksum. fault: the message without the remedy."""
 
-    def __init__(self, path, reason):
-        super().__init__(f"{path} is corrupt ({reason}); put a good copy in its place")
-        self.path, self.reason = path, reason
+    def __init__(self, path, reason, remedy="put a good copy in its place"):
+        self.path, self.reason, self.fault = path, reason, f"{path} is corrupt ({reason})"
+        super().__init__(f"{self.fault}; {remedy}")
 
 
 class Mismatch(CorruptFile):
     """A file that does not match the others of its model; any of them may be the wrong one."""
 
-    def __init__(self, path, reason):
-        UserError.__init__(self, reason)
-        self.path, self.reason = path, reason
+    def __init__(self, path, fault, remedy):
+        self.path, self.reason, self.fault = path, fault, fault
+        UserError.__init__(self, f"{fault}; {remedy}")

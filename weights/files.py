@@ -12,6 +12,7 @@ import tempfile
 
 from weights.errors import CorruptFile, UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError while writing
 LONGEST_TEXT = 100_000_000  # bytes of a file that is read at once; a large vocabulary has 20 million
 
 
@@ -66,12 +67,17 @@ def map_file(path):
             raise CorruptFile(path, "0 bytes") from None
 
 
+def cannot_write(path, error, remedy):
+    """Return the UserError for an OSError that occurred while path was written; remedy ends the message."""
+    room = "make room, or " if error.errno in FULL else ""
+    return UserError(f"cannot write {path} ({error.strerror or error}); {room}{remedy}")
+
+
 @contextlib.contextmanager
 def atomic_write(path, remedy="choose another --models_dir"):
     """Open a binary file that replaces path when the block ends, and is removed if the block raises an exception.
 
-    It is a new file with a random name in the same folder. Raises UserError if writing fails; remedy is what the
-    message suggests besides making room.
+    It is a new file with a random name in the same folder. Raises UserError if writing fails; remedy ends the message.
     """
     temporary = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.tmp")
     try:
@@ -79,14 +85,14 @@ def atomic_write(path, remedy="choose another --models_dir"):
             yield f
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); make room, or {remedy}") from None
+        raise cannot_write(path, error, remedy) from None
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
 
 
 def remove_leftovers(folder):
-    """Remove the temporary files of writers that were killed. The caller holds the lock of the folder."""
+    """Remove the temporary files of writers that were killed. The caller holds a lock that other writers wait for."""
     for name in os.listdir(folder):
         if re.fullmatch(r"\.[0-9a-f]{16}\.tmp", name):
             with contextlib.suppress(OSError):
@@ -101,7 +107,7 @@ def check_writable(path, remedy):
         with tempfile.TemporaryFile(dir=os.path.dirname(path) or "."):
             pass
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); {remedy}") from None
+        raise cannot_write(path, error, remedy) from None
 
 
 def same_file(path, other):

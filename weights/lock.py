@@ -2,9 +2,8 @@
 
 import contextlib
 import os
-import time
 
-POLL = 0.1  # seconds between two attempts to get a lock
+from weights.files import cannot_write
 
 
 @contextlib.contextmanager
@@ -24,30 +23,26 @@ def new_folder(path):
 
 
 @contextlib.contextmanager
-def hold_lock(path, waiting):
-    """Hold the lock that is the file path. Its folder is created if necessary, and removed if it is empty at the end.
+def hold_lock(path, on_wait, remedy):
+    """Hold the lock that is the file path. Its folder is created if necessary; the file stays.
 
-    waiting() is called once if another process holds the lock, before waiting for it; it may raise an exception
-    instead. Raises OSError if the file cannot be created.
+    on_wait() is called before waiting for another process that holds the lock; it may raise an exception instead.
+    Raises UserError, which remedy ends, if the file cannot be created.
     """
     from filelock import FileLock, Timeout
 
-    folder = os.path.dirname(path) or "."
-    with new_folder(folder):
-        lock, waits = FileLock(path), False
-        while not lock.is_locked:
-            os.makedirs(folder, exist_ok=True)  # the process that held the lock may have removed it
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT))  # where this fails, FileLock may wait for ever
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                if not waits:
-                    waiting()
-                waits = True
-                time.sleep(POLL)
-        try:
-            yield
-        finally:
-            if os.listdir(folder) == [os.path.basename(path)]:
-                os.remove(path)  # before the release: FileLock does not take a file that has been removed meanwhile
-            lock.release()
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))  # where this fails, FileLock may wait for ever
+    except OSError as error:
+        raise cannot_write(path, error, remedy) from None
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        on_wait()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

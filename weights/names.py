@@ -11,6 +11,7 @@ from weights.files import read_json
 from weights.resources import format_bytes
 
 LARGEST = 2**31 - 1  # of the hyperparameters
+CORRECT_HPARAMS = "correct the hparams"
 
 
 def load_hparams(model_dir):
@@ -125,24 +126,23 @@ def check_size(path, hparams, n_tensors, n_bytes):
     """
     if hparams["n_layer"] > n_tensors:
         needs = f"n_layer = {hparams['n_layer']} in its hparams needs {format_bytes(4 * count_params(**hparams))}"
-        raise Mismatch(path, f"{path} has {n_tensors} tensors of {format_bytes(n_bytes)}, {needs}; correct the hparams")
+        raise Mismatch(path, f"{path} has {n_tensors} tensors of {format_bytes(n_bytes)}, {needs}", CORRECT_HPARAMS)
 
 
 def check_names(path, expected, found):
     """Raise Mismatch unless the file has exactly the expected tensors."""
-    for name in sorted(set(expected) ^ set(found)):
+    if different := set(expected) ^ set(found):
+        name = min(different)
         has, wants = ("lacks", "needs") if name in expected else ("has", "does not know")
-        raise Mismatch(
-            path, f"{path} {has} the tensor {quote(name)}, which a model of its hparams {wants}; correct the hparams"
-        )
+        fault = f"{path} {has} the tensor {quote(name)}, which a model of its hparams {wants}"
+        raise Mismatch(path, fault, CORRECT_HPARAMS)
 
 
 def check_tensor(path, name, shape, dtype, expected_shape, expected_dtype):
     """Raise Mismatch unless a tensor of the file has the expected shape and dtype."""
     if list(shape) != list(expected_shape):
         has, wants = quote(list(shape)), list(expected_shape)
-        raise Mismatch(path, f"{path}: {name} has shape {has}, its hparams say {wants}; correct the hparams")
+        raise Mismatch(path, f"{path}: {name} has shape {has}, its hparams say {wants}", CORRECT_HPARAMS)
     if dtype != expected_dtype:
-        raise Mismatch(
-            path, f"{path}: {name} is {quote(dtype)}; only {expected_dtype!r} is supported: convert the file"
-        )
+        fault = f"{path}: {name} is {quote(dtype)}; only {expected_dtype!r} is supported"
+        raise Mismatch(path, fault, "convert the file")

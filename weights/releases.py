@@ -19,9 +19,9 @@ HPARAMS = {
     )
 }
 N_PARAMS = {name: count_params(**hparams) for name, hparams in HPARAMS.items()}
-# Size in bytes and SHA-256 of the files that OpenAI serves, where these are known: of 124M as hashed from copies (the
-# data file's have been published twice), of 355M the sizes in the tests of "Build a Large Language Model (From
-# Scratch)". The vocabulary is the same in all four; a data file has 4 bytes per parameter and nothing else.
+# Size in bytes and SHA-256 of the files that OpenAI serves, None where they are unknown. 124M: computed from copies
+# (two published values for the data file agree). 355M: the sizes in the tests of "Build a Large Language Model
+# (From Scratch)". The vocabulary is the same in all four models; a data file has 4 bytes per parameter.
 VOCABULARY = {
     "encoder.json": (1_042_301, "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
     "vocab.bpe": (456_318, "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),

@@ -29,7 +29,7 @@ def check_memory(what, n_bytes, remedy):
 def available_memory():
     """Return how many bytes this process can still allocate, limited by the machine and by its cgroup.
 
-    Infinite where the operating system does not tell.
+    Infinite where /proc does not exist.
     """
     with_unit = read_numbers(PROC, "meminfo")  # MemAvailable:  23456789 kB
     available = 1024 * with_unit["MemAvailable:"] if "MemAvailable:" in with_unit else float("inf")
