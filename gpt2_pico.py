@@ -55,6 +55,6 @@ if __name__ == "__main__":
     try:
         with np.errstate(all="ignore"):
             Fire(decorators.SetParseFns(prompt=str, n_tokens_to_generate=int, model_size=str, models_dir=str)(main))
-    except (OSError, TypeError, ValueError) as error:
-        print(f"gpt2_pico.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (KeyboardInterrupt, MemoryError, OSError, TypeError, ValueError) as error:
+        print(f"gpt2_pico.py: error: {str(error) or type(error).__name__}", file=sys.stderr)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)

@@ -174,7 +174,7 @@ def main(argv=None):
     try:
         docs = read_docs(options.data)
     except Exception as error:
-        parser.error(f"{options.data}: {error}; use another text with --data FILE, or save {URL} as {NAMES}")
+        parser.error(f"{str(options.data)!r}: {error}; use another text with --data FILE, or save {URL} as {NAMES}")
     random.seed(options.seed)
     random.shuffle(docs)
     chars = [*sorted(set("".join(docs))), BOS]  # the tokens; the id of a token is its index

@@ -15,7 +15,7 @@ import sys
 from encoder import END_OF_TEXT, LAYOUTS, get_encoder, read_merges, read_vocabulary
 from engines.allocator import keep_freed_memory
 from weights.download import size_of
-from weights.errors import CorruptFile, Mismatch, UserError
+from weights.errors import CorruptFile, Mismatch, UserError, printable
 from weights.files import remove_leftovers
 from weights.lock import hold_lock, new_folder
 from weights.names import count_params, load_hparams, read_hparams
@@ -239,4 +239,4 @@ def import_checkpoint(model_size, model_dir, models_dir):
 
 
 def say(message):
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message).replace("\n", " "), file=sys.stderr, flush=True)

@@ -156,7 +156,7 @@ def check_options(options):
         raise UserError("give one of a prompt, --prompts_file and --interactive, not several")
     if options.output is not None and options.prompts_file is None:
         raise UserError("--output needs --prompts_file; to save one continuation, redirect: > FILE")
-    if options.draft_model and options.speculate == "lookup":
+    if options.draft_model is not None and options.speculate == "lookup":
         raise UserError("--draft_model and --speculate lookup both draft tokens; leave one out")
     if options.temperature == 0 and (options.top_k or options.top_p < 1 or options.seed is not None):
         print(
@@ -172,6 +172,7 @@ def check_prompts_file_options(options):
     """Raise UserError for options that cannot be combined with --prompts_file."""
     if options.stream is not None:
         raise UserError("--prompts_file prints each continuation when it is complete; leave --stream out")
-    drafts = "--draft_model" if options.draft_model else "--speculate lookup" if options.speculate == "lookup" else None
+    drafts = "--speculate lookup" if options.speculate == "lookup" else None
+    drafts = drafts if options.draft_model is None else "--draft_model"
     if drafts:
         raise UserError(f"{drafts} works on one prompt at a time; leave it out, or leave out --prompts_file")

@@ -120,10 +120,15 @@ def exit_code(program, work, argv=None):
         except BrokenPipeError:
             return EXIT_CLOSED_PIPE
         except (UserError, FloatingPointError, OSError, MemoryError) as error:
-            line = printable(describe(error)).replace("\n", " ")
+            line = shorten(printable(describe(error)).replace("\n", " "))
             with contextlib.suppress(BrokenPipeError):
                 print(f"{program}: error: {line}", file=sys.stderr)
             return EXIT_MISTAKE
+
+
+def shorten(line, n=500):
+    """Return a line without its middle if it has more than 2 * n characters: its end says what to do."""
+    return line if len(line) <= 2 * n else f"{line[:n]} ... {line[-n:]}"
 
 
 def run_and_flush(work):
@@ -131,6 +136,10 @@ def run_and_flush(work):
     try:
         with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # damaged weights are an error
             return work() or 0
+    except RuntimeError as error:
+        if "can't start new thread" in str(error):
+            raise UserError(f"{error}; lower --threads, or raise the limits of this process") from None
+        raise
     finally:
         try:
             sys.stdout.flush()
@@ -186,5 +195,5 @@ def describe(error):
     if isinstance(error, MemoryError):
         return f"not enough memory{f' ({error})' if str(error) else ''}; choose a smaller model or batch"
     if isinstance(error, FloatingPointError):
-        return f"{error}: the weights are damaged; download or train the model again"
+        return f"{error}: the weights are damaged; remove the model's folder to download it again, or train it again"
     return str(error)

@@ -4,6 +4,7 @@ With --output, an interrupted run continues where it stopped: continuations in t
 """
 
 import collections
+import contextlib
 import itertools
 import json
 import operator
@@ -122,10 +123,10 @@ class Output:
             return
         check_output(path, prompts_path)
         self.is_new, self.n_kept, self.separator = not os.path.exists(path), 0, b""
-        if not self.is_new:
-            with open(path, "rb") as f:
-                self.read_finished(f)
         self.file = open(path, "ab")  # noqa: SIM115 (closed in __exit__)
+        self.lock()
+        with open(path, "rb") as f:
+            self.read_finished(f)
 
     def __enter__(self):
         return self
@@ -138,12 +139,24 @@ class Output:
         if self.is_new and is_empty:
             os.remove(self.path)
 
+    def lock(self):
+        """Keep other processes from writing to the file, where the operating system can."""
+        with contextlib.suppress(ImportError):
+            import fcntl
+
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another process writes to --output {self.path}; wait for it, or name another"
+                ) from None
+
     def read_finished(self, lines):
-        """Count the continuations in the file, and the bytes to keep, n_kept: all but an incomplete last line."""
+        """Count the finished samples in the file, and the bytes to keep, n_kept: all but an incomplete last line."""
         for number, line in enumerate(lines, 1):
             try:
-                found = json.loads(line) if line.strip() else {"stop_reason": "error"}
-                if found["stop_reason"] != "error":
+                if line.strip():
+                    found = json.loads(line)
                     self.finished[found["prompt"]][operator.index(found["sample"])] += 1
             except (ValueError, LookupError, TypeError, RecursionError):
                 if line.endswith(b"\n") or not (line.startswith(LINE_START) or LINE_START.startswith(line)):

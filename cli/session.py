@@ -38,7 +38,8 @@ class Generator:
             raise UserError(
                 f"the vocabulary of {options.model_size} has no {END_OF_TEXT}; leave out --stop_at_end_of_text"
             )
-        self.speculation = self.make_speculation() if options.draft_model or options.speculate == "lookup" else None
+        drafts = options.draft_model is not None or options.speculate == "lookup"
+        self.speculation = self.make_speculation() if drafts else None
 
     def prompt_ids(self, prompt):
         """Return the token ids of a prompt, with an empty one replaced by the start of unconditional generation.
@@ -92,7 +93,7 @@ class Generator:
 
         started = time.perf_counter()
         self.use_small_batch_model()
-        make_drafter = self.load_draft_model() if self.options.draft_model else Lookup
+        make_drafter = Lookup if self.options.draft_model is None else self.load_draft_model()
         self.copying = time.perf_counter() - started  # seconds, until a report has counted them
         return Speculation(self.params, self.n_head, make_drafter, self.model)
 
@@ -242,6 +243,7 @@ def read_line():
     """Return a line of standard input as bytes, None at the end. At a terminal, show a prompt and allow editing."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return read_at_most(MAX_PROMPT, "a line of standard input", sys.stdin.buffer.readline) or None
+    sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 are an error of the prompt
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (gives input() a history and editing keys)
     try:

@@ -54,8 +54,8 @@ PROMPTS = {
 
 def run(options):
     """Run the comparison, print its results and return the exit code."""
-    official_repo, models_dir = os.path.expanduser(options.official_repo), options.models_dir
-    check_checkout(os.path.normpath(official_repo), options.clone)
+    official_repo, models_dir = os.path.abspath(os.path.expanduser(options.official_repo)), options.models_dir
+    check_checkout(official_repo, options.clone)
     check_tensorflow()
     encoder, hparams, params = load_encoder_hparams_and_params(options.model_size, models_dir)
     model_dir = find_model_dir(options.model_size, models_dir)
@@ -87,14 +87,20 @@ def check_checkout(path, clone):
     checkout = ["git", "-C", path, "checkout", COMMIT]
     if not os.path.exists(path) or (os.path.isdir(path) and not os.listdir(path)):
         run_or_name(f"no checkout at {path}", [["git", "clone", URL, path], checkout], clone)
-    elif not os.path.exists(os.path.join(path, ".git")):
+    elif not (os.path.exists(os.path.join(path, ".git")) and has_commit(path)):
         new = f"{path}-{COMMIT[:7]}"
         commands = [["git", "clone", URL, new], ["git", "-C", new, "checkout", COMMIT]]
-        raise UserError(f"{path} is not a git checkout; name a new folder: {join_commands(commands)}")
+        raise UserError(f"{path} is not a git checkout of {URL}; name a new folder: {join_commands(commands)}")
     head = git(["git", "-C", path, "rev-parse", "HEAD"])
     if head != COMMIT:
         run_or_name(f"{path} is at commit {head[:7]}, not {COMMIT[:7]}", [checkout], clone)
     check_sources(path)
+
+
+def has_commit(path):
+    """Return whether the repository has COMMIT; another one, which has other files, does not."""
+    command = ["git", "-C", path, "cat-file", "-e", f"{COMMIT}^{{commit}}"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def check_sources(path):

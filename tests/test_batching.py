@@ -162,7 +162,7 @@ def test_line_ends_byte_order_marks_and_standard_input(continue_file, inside, fl
     assert (code, err, [record["prompt"] for record in records(out)]) == (0, b"", ["a", "", "b"])
 
 
-def test_a_prompt_that_is_too_long_gets_an_error_record_and_is_tried_again(continue_file, tiny, tmp_path):
+def test_a_prompt_that_is_too_long_gets_an_error_record_once(continue_file, tiny, tmp_path):
     output, long = tmp_path / "output", "x" + " x" * 59
     assert len(tiny[0].encode(long)) == 119
     note, sampling = b"note: 2 of 6 lines contain an error and no text\n", ["--n_samples", 2, "--temperature", 1]
@@ -172,8 +172,18 @@ def test_a_prompt_that_is_too_long_gets_an_error_record_and_is_tried_again(conti
     assert "prompt tokens + 10 to generate" in found[2]["error"] and "128" in found[2]["error"]
     error = b"gpt2.py: error: 1 of 1 lines contain an error and no text; correct the prompts\n"
     continue_file(long, "--output", output, err=error, code=2)
-    continue_file(long, "--output", output, "--n_tokens_to_generate", 1)
-    assert [record["stop_reason"] for record in records(output.read_bytes())] == ["error", "length"]
+    complete = f"note: {output} is complete; for other options, name another --output\n".encode()
+    continue_file(long, "--output", output, err=complete)
+    assert [record["stop_reason"] for record in records(output.read_bytes())] == ["error"]
+
+
+def test_two_processes_do_not_write_to_one_output(inside, flags, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "p").write_text("a\n", encoding="utf-8")
+    with open(tmp_path / "output", "ab") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        result = inside(*flags, "--prompts_file", tmp_path / "p", "--output", tmp_path / "output")
+    assert_mistake(result, f"another process writes to --output {tmp_path / 'output'}")
 
 
 def test_a_truncated_output_is_completed(continue_file, tmp_path):

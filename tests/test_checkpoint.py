@@ -4,7 +4,6 @@ import contextlib
 import json
 import mmap
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -17,9 +16,9 @@ from tests.conftest import DATA, ROOT, TINY, assert_same_params, flipped, need, 
 from tests.random_model import SIZE_124M
 from utils import load_encoder_hparams_and_params
 from weights.errors import CorruptFile, UserError, quote
-from weights.names import flatten, n_params, tensor_shapes
-from weights.releases import DATA_FILE, N_PARAMS
-from weights.tf_checkpoint import load_gpt2_params_from_tf_ckpt, read_index
+from weights.names import flatten, tensor_shapes
+from weights.releases import DATA_FILE
+from weights.tf_checkpoint import read_index
 
 WEIGHTS, INDEX = "model.safetensors", "model.ckpt.index"
 
@@ -62,15 +61,13 @@ def times_of(folder):
 # Changes of a folder: functions of its path
 
 
+def updated(found, changes):
+    return {key: value for key, value in (found | changes).items() if value is not ...}
+
+
 def edit_json(name, **changes):
     """Change a JSON object; a value of ... removes the key."""
-
-    def edit(folder):
-        found = json.loads((folder / name).read_text(encoding="utf-8")) | changes
-        text = json.dumps({key: value for key, value in found.items() if value is not ...})
-        (folder / name).write_text(text, encoding="utf-8")
-
-    return edit
+    return damage(name, lambda data: json.dumps(updated(json.loads(data), changes)).encode())
 
 
 def write(name, data):
@@ -85,10 +82,10 @@ def without(*names):
     return lambda folder: [(folder / name).unlink() for name in names]
 
 
-def with_header(header, data=b""):
-    """Return the bytes of a safetensors file."""
+def write_header(header, data=b""):
+    """Write a safetensors file of this header and data."""
     text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data
+    return write(WEIGHTS, len(text).to_bytes(8, "little") + text + data)
 
 
 def split(path):
@@ -104,9 +101,8 @@ def edit_entry(**changes):
     def edit(folder):
         text, data = split(folder / WEIGHTS)
         header = json.loads(text)
-        found = header["h.0.ln_1.bias"] | changes
-        header["h.0.ln_1.bias"] = {key: value for key, value in found.items() if value is not ...}
-        (folder / WEIGHTS).write_bytes(with_header(header, data))
+        header["h.0.ln_1.bias"] = updated(header["h.0.ln_1.bias"], changes)
+        write_header(header, data)(folder)
 
     return edit
 
@@ -142,31 +138,6 @@ def test_import_is_bit_for_bit_and_needs_no_tensorflow(release, tiny_tensors, ca
     assert times_of(release) == before
 
 
-def test_without_google_crc32c_the_import_names_the_command(release, monkeypatch):
-    monkeypatch.setitem(sys.modules, "google_crc32c", None)
-    with one_line_error("google-crc32c", "pip install -r requirements.txt"):
-        load(release)
-
-
-def test_the_reader_gives_what_tensorflows_reader_gives(tiny_release):
-    import tensorflow as tf
-
-    prefix = str(tiny_release / "model.ckpt")
-    theirs, entries = tf.train.load_checkpoint(prefix), read_index(prefix + ".index")
-    assert {name: list(entry.shape) for name, entry in entries.items()} == theirs.get_variable_to_shape_map()
-    for name, tensor in flatten(load_gpt2_params_from_tf_ckpt(prefix, TINY), TINY).items():
-        assert tensor.tobytes() == theirs.get_tensor(f"model/{name}").tobytes()
-
-
-def save_v2(prefix, tensors, dtype="float32"):
-    """Write an index and a data file with TensorFlow."""
-    import tensorflow as tf
-
-    values = [tf.cast(tensor, dtype) for tensor in tensors.values()]
-    slices = [""] * len(values)
-    tf.raw_ops.SaveV2(prefix=str(prefix), tensor_names=list(tensors), shape_and_slices=slices, tensors=values)
-
-
 def test_index_of_openais_release():
     """148 tensors in alphabetical order; offsets, sizes and CRCs as other readers have found them."""
     entries = read_index(str(need(DATA / "gpt2" / INDEX)))
@@ -174,11 +145,6 @@ def test_index_of_openais_release():
     expected = {
         "h0/attn/c_attn/b": ("float32", (2304,), 0, 9_216, 0x8C273D74),
         "h0/attn/c_attn/w": ("float32", (1, 768, 2304), 9_216, 7_077_888, 0x863D710D),
-        "h0/attn/c_proj/w": ("float32", (1, 768, 768), 7_090_176, 2_359_296, 0x6C732ED6),
-        "h0/mlp/c_fc/w": ("float32", (1, 768, 3072), 9_474_048, 9_437_184, 0xA07EA2A1),
-        "h1/attn/c_attn/b": ("float32", (2304,), 28_351_488, 9_216, 0x9DE00452),
-        "ln_f/b": ("float32", (768,), 340_217_856, 3_072, 0x0C8F5269),
-        "wpe": ("float32", (1024, 768), 340_224_000, 3_145_728, 0x2ACFB8F1),
         "wte": ("float32", (50257, 768), 343_369_728, 154_389_504, 0x0E298522),
     }
     assert {name: entries[f"model/{name}"] for name in expected} == expected
@@ -207,10 +173,14 @@ def compressed(index):
     return index.replace(with_crc(EMPTY_BLOCK), with_crc(EMPTY_BLOCK, compression=1))
 
 
-def big_endian(index):
-    end = index.index(with_crc(EMPTY_BLOCK)) - 5
-    version, endianness = b"\x1a\x02\x08\x01", b"\x10\x01\x10\x01"  # fields 3 and 2 of the header
-    return with_crc(index[:end].replace(version, endianness, 1)) + index[end + 5 :]
+def with_records(old, new):
+    """Replace bytes in the records of the index, whose CRC becomes right again."""
+
+    def edit(index):
+        end = index.index(with_crc(EMPTY_BLOCK)) - 5
+        return with_crc(index[:end].replace(old, new, 1)) + index[end + 5 :]
+
+    return damage(INDEX, edit)
 
 
 def test_any_damage_of_the_index_is_an_error_in_one_line(tiny_release, tmp_path):
@@ -237,57 +207,24 @@ def test_any_damage_of_the_index_is_an_error_in_one_line(tiny_release, tmp_path)
             read_index(str(path))
 
 
-def test_checkpoint_in_two_data_files_is_refused(tmp_path):
-    import tensorflow as tf
-
-    parts, prefix = [str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "model.ckpt")
-    for part in parts:
-        save_v2(part, {part: np.ones(3)})
-    tf.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=parts, destination_prefix=prefix)
-    with one_line_error("model.ckpt.index: 2 data files", "sharded=False"):
-        load_gpt2_params_from_tf_ckpt(prefix, TINY)
-
-
-@pytest.mark.parametrize(
-    ("scope", "dtype", "words"),
-    [
-        ("model/", "float16", "is 'float16'; only 'float32' is supported: convert"),
-        ("", "float32", "has the tensor 'h0/"),
-        ("other/", "float32", "lacks the tensor 'model/"),
-    ],
-)
-def test_checkpoint_of_other_tensors_is_refused(tiny_tensors, tmp_path, scope, dtype, words):
-    tensors = {scope + name: t[np.newaxis] if name.endswith("/w") else t for name, t in tiny_tensors.items()}
-    save_v2(tmp_path / "model.ckpt", tensors, dtype)
-    with one_line_error("model.ckpt", words):
-        load_gpt2_params_from_tf_ckpt(str(tmp_path / "model.ckpt"), TINY)
-
-
-def test_parameter_counts_of_openais_four_sizes():
-    sizes = {"124M": (768, 12, 12), "355M": (1024, 16, 24), "774M": (1280, 20, 36), "1558M": (1600, 25, 48)}
-    assert {size: n_params(tensor_shapes(50257, 1024, *rest)) for size, rest in sizes.items()} == N_PARAMS
-
-
-def test_full_disk_is_noticed_before_the_import(release, monkeypatch):
-    set_free_space(monkeypatch, 100_000)
+def test_a_full_disk_or_a_missing_package_is_noticed_before_the_import(release, monkeypatch):
     before = times_of(release)
+    set_free_space(monkeypatch, 100_000)
     with one_line_error(WEIGHTS, "100 kB free", "make room"):
         load(release)
+    monkeypatch.setitem(sys.modules, "google_crc32c", None)
+    with one_line_error("google-crc32c", "pip install -r requirements.txt"):
+        load(release)
     assert times_of(release) == before
-
-
-# transformers
 
 
 def test_transformers_load_the_folder_and_save_one_that_loads(hugging_face, tmp_path, tiny_tensors):
     """The saved vocabulary is a tokenizer.json; test_gpt2.py compares the logits."""
     from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
-    assert re.fullmatch(rb'\{"__metadata__": {"format": "pt"}, .*\} *', split(hugging_face / WEIGHTS)[0])
+    assert b'{"__metadata__": {"format": "pt"}, ' in split(hugging_face / WEIGHTS)[0]  # which some versions need
     model, report = GPT2LMHeadModel.from_pretrained(hugging_face, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert (model.config.bos_token_id, model.config.eos_token_id) == (399, 399)
-
     tokenizer, folder = GPT2Tokenizer.from_pretrained(hugging_face), tmp_path / "saved"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -380,46 +317,38 @@ def mislabeled(folder):
     damage(WEIGHTS, lambda raw: raw.replace(b'"F64"', b'"F32"'))(folder)
 
 
-def tokenizer(kind="ByteLevel", **model):
-    """Put a tokenizer.json in the place of the vocabulary."""
-    content = json.dumps({"model": {"type": "BPE"} | model, "pre_tokenizer": {"type": kind}}).encode()
-    return lambda folder: [without("encoder.json")(folder), write("tokenizer.json", content)(folder)]
+def large_header(folder):
+    write(WEIGHTS, (10**9).to_bytes(8, "little"))(folder)
+    os.truncate(folder / WEIGHTS, 10**9 + 8)
+
+
+def word_piece(folder):
+    (folder / "encoder.json").unlink()
+    write("tokenizer.json", b'{"model": {"type": "WordPiece"}}')(folder)
 
 
 GARBLED = [  # changes of model.safetensors
     lambda raw: b"",
     lambda raw: b"<!DOCTYPE html><html><body>404 Not Found</body></html>\n",
-    lambda raw: raw[:5],  # cut in the length of the header
     lambda raw: raw[:100],  # cut in the header
     lambda raw: raw[:-4],
     lambda raw: raw + b"\0\0\0\0",
     lambda raw: raw[:8] + b"\xff" * 100 + raw[108:],
-    lambda raw: (2**63).to_bytes(8, "little") + raw[8:],
     lambda raw: bytes(8) + raw[8:],
     lambda raw: (len(raw) - 7).to_bytes(8, "little") + raw[8:],  # a header longer than the file
-    lambda raw: raw[:8] + raw[8:].replace(b'"shape": [36]', b'"shape": 1e9 ', 1),
     lambda raw: raw[:8] + b"[" * 10_000 + raw[10_008:],
-    lambda raw: raw[:8] + b'{"a":' + b"1" * 5000 + b"}" + raw[5014:],
 ]
-HEADERS = [None, [], 3, {"wte.weight": 1}, {"wte.weight": {}}, {"__metadata__": {"a": 1}}, {"__metadata__": [1]}]
+HEADERS = [None, 3, {"wte.weight": 1}, {"__metadata__": {"a": 1}}, {"__metadata__": [1]}]
 NO_TENSORS = [{}, {"wte.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}]
-OFFSETS = [[10**9, 10**9 + 144], [-288, -144], [144, 0], [0, 140], [0, 288], [0.5, 144.5], [None, None], [144], 144]
-MALFORMED = [
-    {"dtype": ...},
-    {"dtype": 32},
-    {"shape": ...},
-    {"shape": 36},
-    {"shape": ["36"]},
-    {"data_offsets": [1, True]},
-]
-NO_INTEGERS = [..., 0, -1, "36", True, 36.0, None, [36], 2**31, 10**4000, float("nan"), float("inf"), "\n" * 999]
+OFFSETS = [[10**9, 10**9 + 144], [-288, -144], [144, 0], [0, 140], [0, 288], [0.5, 144.5], [144], 144]
+MALFORMED = [{"dtype": ...}, {"dtype": 32}, {"shape": ...}, {"shape": ["36"]}, {"data_offsets": [1, True]}]
+NO_INTEGERS = [..., 0, -1, "36", True, 36.0, [36], 2**31, 10**4000, float("nan"), "\n" * 999]
 OTHER_MODELS = [  # a change of Hugging Face's config, the value that GPT-2 has
     ("model_type", "gpt_neo", "gpt2"),
     ("activation_function", "gelu", "gelu_new"),  # the exact form, not the tanh form
     ("layer_norm_epsilon", 1e-6, "1e-05"),
     ("n_inner", 72, "4 * 36"),
     ("n_inner", 10**4299, "4 * 36"),
-    ("model_type", "gpt\x1b[2J\n" * 999, "gpt2"),
     ("tie_word_embeddings", False, "True"),
     ("scale_attn_weights", False, "True"),
     ("scale_attn_by_inverse_layer_idx", True, "False"),
@@ -431,16 +360,12 @@ OTHER_SIZES = [  # a change of the hparams, words of the message
     ("n_ctx", 64, "has shape [128, 36]", "[64, 36]"),
     ("n_layer", 3, "lacks the tensor"),
     ("n_layer", 1, "has the tensor"),
+    *(("n_layer", n, "28 tensors of 204 kB", f"n_layer = {n}", size) for n, size in ((29, "MB"), (2**31 - 1, "TB"))),
 ]
-MANY_LAYERS = [(n, size) for n, size in ((29, "MB"), (10**9, "TB"), (2**31 - 1, "TB"))]
 TENSORS = [  # a change of the tensors, words of the message
     (edit_tensors(lambda t: {name: t[name] for name in t if name != "wte.weight"}), "lacks the tensor 'wte.weight'"),
     (tensor("h.0.crossattention.bias", np.ones(36)), "has the tensor 'h.0.crossattention.bias'"),
-    (
-        tensor("a\n\x1b[2J\u202e\u2028" + "x" * 9999, np.ones(36)),
-        r"has the tensor 'a\n\x1b[2J\u202e\u2028xxx",
-        "xx...xx",
-    ),
+    (tensor("a\n\x1b[2J\u202e" + "x" * 9999, np.ones(36)), r"has the tensor 'a\n\x1b[2J\u202exxx", "xx...xx"),
     (tensor("transformer.h.1.ln_2.bias", np.ones(36, np.float32)), "corrupt", "with and without the prefix"),
     (tensor("h.1.ln_2.bias", np.ones(36, np.float16)), "h.1.ln_2.bias is 'F16'", "only 'F32'"),
     (tensor("h.0.mlp.c_fc.weight", np.ones((144, 36), np.float32)), "[144, 36]", "[36, 144]"),
@@ -452,18 +377,14 @@ CHECKPOINTS = [b"", b"garbage", b'model_checkpoint_path: "model-1000"\n']
 NOT_JSON = [b"", b"{", b"[400]", b'{"who": "\xe9"}', b"[" * 100_000, b'{"n_vocab": 4' + b"0" * 5000 + b"}"]
 REFUSED = [  # the folder before, the file or folder that the message names, the change, words of the message
     *[("own", WEIGHTS, damage(WEIGHTS, change), "corrupt") for change in GARBLED],
-    *[("own", WEIGHTS, write(WEIGHTS, with_header(header)), "corrupt") for header in HEADERS],
-    *[("own", WEIGHTS, write(WEIGHTS, with_header(header)), "corrupt", "no tensors") for header in NO_TENSORS],
+    ("own", WEIGHTS, large_header, "corrupt", "header would have 1 GB", "100 MB are allowed"),
+    *[("own", WEIGHTS, write_header(header), "corrupt") for header in HEADERS],
+    *[("own", WEIGHTS, write_header(header), "corrupt", "no tensors") for header in NO_TENSORS],
     *[("own", WEIGHTS, edit_entry(data_offsets=offsets), "corrupt") for offsets in OFFSETS],
     *[("own", WEIGHTS, edit_entry(**change), "corrupt", "no valid entry for 'h.0.ln_1.bias'") for change in MALFORMED],
     *[("own", WEIGHTS, *case) for case in TENSORS],
     *[("own", WEIGHTS, edit_json("hparams.json", **{name: n}), *words) for name, n, *words in OTHER_SIZES],
     *[("release", "model.ckpt", edit_json("hparams.json", **{name: n}), *words) for name, n, *words in OTHER_SIZES],
-    *[
-        (fixture, name, edit_json("hparams.json", n_layer=n), "28 tensors of 204 kB", f"n_layer = {n}", size, "correct")
-        for fixture, name in (("own", WEIGHTS), ("release", "model.ckpt"))
-        for n, size in MANY_LAYERS
-    ],
     *[("own", "hparams.json", write("hparams.json", text), "corrupt") for text in NOT_JSON],
     *[("own", "hparams.json", edit_json("hparams.json", **{name: 0}), "corrupt", f"({name} is 0") for name in TINY],
     *[("own", "hparams.json", edit_json("hparams.json", n_embd=n), "corrupt", "not a whole n") for n in NO_INTEGERS],
@@ -475,19 +396,8 @@ REFUSED = [  # the folder before, the file or folder that the message names, the
         ("hugging_face", "config.json", edit_json("config.json", **{name: value}), f"{name} is {quote(value)}", gpt2s)
         for name, value, gpt2s in OTHER_MODELS
     ],
-    (
-        "own",
-        "",
-        edit_json("encoder.json", **{"<extra>": 400}),
-        "ids up to 400",
-        "n_vocab = 400",
-        "put the right vocabulary",
-    ),
-    ("own", "tokenizer.json", tokenizer(type="WordPiece"), "is not a byte-level BPE"),
-    ("own", "tokenizer.json", tokenizer("Whitespace", vocab={}, merges=[]), "is not a byte-level BPE"),
-    ("own", "tokenizer.json", tokenizer(), "corrupt"),
-    ("own", "tokenizer.json", tokenizer(vocab={}, merges=[3]), "corrupt"),
-    ("own", "tokenizer.json", tokenizer(vocab={"a": -1}, merges=[]), "corrupt"),
+    ("own", "", edit_json("encoder.json", **{"<extra>": 400}), "ids up to 400", "n_vocab = 400", "put the right voc"),
+    ("own", "tokenizer.json", word_piece, "is not a byte-level BPE"),
     ("own", "", lambda folder: without(*times_of(folder))(folder), "lacks hparams.json, encoder.json, vocab.bpe, c"),
     ("own", "", without("vocab.bpe"), "lacks vocab.bpe; put"),
     ("own", "", without(WEIGHTS), f"lacks checkpoint, model.ckpt.index, model.ckpt.meta, {DATA_FILE}; put", WEIGHTS),
@@ -496,7 +406,10 @@ REFUSED = [  # the folder before, the file or folder that the message names, the
     *[("release", "checkpoint", write("checkpoint", text), "corrupt") for text in CHECKPOINTS],
     ("release", INDEX, damage(INDEX, flipped), "corrupt"),
     ("release", INDEX, damage(INDEX, compressed), "is compressed", "tf.train.Saver"),
-    ("release", INDEX, damage(INDEX, big_endian), "is big-endian", "little-endian machine"),
+    # fields of the header: number of data files, version, endianness; of the first entry: dtype
+    ("release", INDEX, with_records(b"\x08\x01\x1a", b"\x08\x02\x1a"), "2 data files", "sharded=False"),
+    ("release", INDEX, with_records(b"\x1a\x02\x08\x01", b"\x10\x01\x10\x01"), "is big-endian", "little-endian m"),
+    ("release", "model.ckpt", with_records(b"attn/b\x08\x01", b"attn/b\x08\x13"), "is 'float16'; only 'float32' is"),
     *[("release", DATA_FILE, damage(DATA_FILE, change), "corrupt") for change in CUT_OR_FLIPPED],
 ]
 
@@ -512,14 +425,6 @@ def test_refused_folder_stays_as_it_is(request, case):
     with one_line_error(folder / file, *words, kind=CorruptFile if "corrupt" in words else UserError):
         load(folder)
     assert times_of(folder) == before
-
-
-def test_header_as_large_as_its_file_is_not_read(own):
-    with open(own / WEIGHTS, "wb") as f:
-        f.write((10**9).to_bytes(8, "little"))
-        f.truncate(10**9 + 8)
-    with one_line_error(own / WEIGHTS, "header would have 1 GB", "100 MB are allowed", kind=CorruptFile):
-        load(own)
 
 
 @pytest.mark.parametrize("layout", ["release", "hugging_face"])
@@ -549,16 +454,13 @@ def test_corrupt_import_is_set_aside_and_made_again(release, tiny_tensors, capsy
     assert (release / WEIGHTS).read_bytes() == whole
 
 
-# Which folder
-
-
 def test_unknown_model_size_lists_the_known_ones(own, tmp_path):
     (own.parent / "another").mkdir()
     (own.parent / "a-file").write_text("not a folder")
     with one_line_error("unknown model size '125M'; choose from 124M, 355M, 774M, 1558M, another, own"):
         load_encoder_hparams_and_params("125M", str(own.parent))
     for models_dir in (tmp_path / "nowhere", own.parent / "a-file"):
-        with one_line_error(f"{models_dir} is not a folder", "125M", "--models_dir"):
+        with one_line_error("125M", f"in {models_dir}, which is not a folder", "--models_dir"):
             load_encoder_hparams_and_params("125M", str(models_dir))
     assert not (tmp_path / "nowhere").exists()
 

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 from tokenizers import ByteLevelBPETokenizer
-from tokenizers.pre_tokenizers import ByteLevel
 
 import encoder as encoder_module
-from encoder import END_OF_TEXT, PATTERN, Encoder, bytes_to_unicode, get_encoder, learn_merges, save_encoder
+from encoder import END_OF_TEXT, Encoder, bytes_to_unicode, get_encoder, learn_merges, save_encoder
 from tests.conftest import DATA, PROMPTS, need
 from weights.errors import CorruptFile, UserError
 
@@ -25,18 +24,13 @@ PUBLISHED = {
     "zjqfl": "89 73 80 2704",  # the blog
     "hello world": "31373 995",  # tiktoken's README and tests
     "<|endoftext|>": "27 91 437 1659 5239 91 29",
-    "This is some text": "1212 318 617 2420",
     "Hello!! I'm Andrej Karpathy. It's 2022. w00t :D 🤗": "15496 3228 314 1101 10948 73 509 5117 10036 13 632 338 "
     "33160 13 266 405 83 1058 35 12520 97 245",  # minGPT's bpe.py
-    "Hello, I'm a language model,": "15496 11 314 1101 257 3303 2746 11",
-    "Hello!!!!!!!!!? 🤗, my dog is a little": "15496 13896 50184 30 12520 97 245 11 616 3290 318 257 1310",
     "hello world!!!? (안녕하세요!) lol123 😉": "31373 995 10185 30 357 168 243 230 167 227 243 47991 246 168 226 116 "
     "168 248 242 8133 19462 10163 30325 231",  # minbpe's README
-    "0" * 16: "25645",
-    "0" * 17: "8269 10535 830",
+    "0" * 5: "20483",  # tiktoken's tests
+    "0" * 17: "8269 10535 830",  # tiktoken's tests
 }
-ZEROS = ["15", "405", "830", "2388", "20483", "10535", "24598", "8269"]  # of tiktoken's tests
-PUBLISHED |= {"0" * (i + 1): ids for i, ids in enumerate(ZEROS)}
 FFFD = "\N{REPLACEMENT CHARACTER}"
 WIDE = [*PROMPTS, "👩‍👩‍👧‍👦🏳️‍🌈", "日本語のテキスト", "안녕하세요", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 ½ Ⅷ", "e\u0301 \u202e عربي"]
 
@@ -96,14 +90,13 @@ def assert_same_ids(encoder_and_others, text):
 
 
 BYTES = {symbol: i for i, symbol in enumerate(bytes_to_unicode().values())}
-BYTES_AND_AB = json.dumps(BYTES | {"ab": 256})
+NO_MERGES = json.dumps(BYTES)
 
 
-def write_files(path, vocabulary=BYTES_AND_AB, merges="#version: 0.2\na b\n"):
-    """Write a model folder with these two files, None for no file, and return its Encoder."""
+def write_files(path, vocabulary=NO_MERGES, merges="#version: 0.2\n"):
+    """Write a model folder with these two files and return its Encoder."""
     for name, content in (("encoder.json", vocabulary), ("vocab.bpe", merges)):
-        if content is not None:
-            (path / name).write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        (path / name).write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     return get_encoder(path.name, str(path.parent))
 
 
@@ -132,23 +125,14 @@ def test_every_kind_of_character_has_the_ids_of_other_tokenizers(encoder_and_oth
 
 @fuzz(max_examples=200)
 @given(text=ANY_TEXT)
+@example("I'll don't we've I'm you're he'd it's I'LL 's's a12 45½Ⅷ½ a  b\n\n d \n naïve 你好，世界!? e\u0301 \t\ta_b")
 def test_any_text_has_the_ids_of_other_tokenizers(encoder_and_others, text):
     assert_same_ids(encoder_and_others, text)
 
 
-@pytest.mark.parametrize("text", ["^", "0", "a", "'s", " ", "\n", "definitelyselfreturns"])  # all but one: tiktoken's
+@pytest.mark.parametrize("text", ["^", "0", " ", "\n", "definitelyselfreturns"])  # all but one: tiktoken's
 def test_long_runs_have_the_ids_of_other_tokenizers(encoder_and_others, text):
     assert_same_ids(encoder_and_others, text * (10_000 // len(text)))
-
-
-@fuzz(max_examples=200)
-@given(text=ANY_TEXT)
-@example("I'll don't we've I'm you're he'd it's I'LL 's's a12 45½Ⅷ½ a  b\n\n d \n naïve 你好，世界!? e\u0301 \t\ta_b")
-def test_words_and_the_characters_of_bytes_equal_those_of_hugging_face(text):
-    table = bytes_to_unicode()
-    words = ["".join(table[b] for b in word.encode("utf-8")) for word in PATTERN.findall(text)]
-    assert words == [word for word, _ in ByteLevel(add_prefix_space=False).pre_tokenize_str(text)]
-    assert sorted(table) == list(range(256)) and sorted(table.values()) == sorted(ByteLevel.alphabet())
 
 
 def test_end_of_text_is_one_token_only_where_it_is_allowed(real, tiktoken_gpt2):
@@ -172,10 +156,6 @@ def test_the_cache_is_bounded(monkeypatch, small):
 def test_the_stream_yields_a_character_with_its_last_byte(small):
     """One piece of text per id, empty within a character; and one for the end."""
     assert list(small.decode_stream(iter(small.encode("a🤗b")))) == ["a", "", "", "", "🤗", "b", ""]
-    ids = small.encode(text := " ".join(WIDE))
-    pieces = list(small.decode_stream(ids))
-    assert "".join(pieces) == text and len(pieces) == len(ids) + 1
-    assert all("".join(pieces[:i]) == small.decode(ids[:i]).rstrip(FFFD) for i in range(len(ids)))
 
 
 @fuzz(max_examples=200)
@@ -218,47 +198,26 @@ def test_merges_of_any_text_equal_those_of_hugging_face(text, vocab_size):
     assert_same_merges(text, vocab_size)
 
 
-def test_the_example_of_wikipedia():
-    merges = learn_merges("aaabdaaabac", 259)
-    assert merges == ["a a", "a b", "aa ab"]
-    assert Encoder({}, merges).bpe("aaabdaaabac") == ["aaab", "d", "aaab", "a", "c"]
-
-
-def test_a_lone_surrogate_is_refused_with_its_position(small):
+def test_text_without_an_encoding_is_refused(small, tmp_path):
     with one_line_error(r"lone surrogate U\+D800 at character 3"):
         small.encode("a🤗\ud800b")
-
-
-def test_a_symbol_that_the_vocabulary_lacks_is_named(small):
     encoder = Encoder({"a": 0, "b": 1, "ab": 2}, ["a b"])
     assert encoder.encode("abab") == [2, 2]
     with one_line_error("no token for 'c'"):
         encoder.encode("abc\nb")
-    with one_line_error("no token for 'ab'"):
-        Encoder({"a": 0, "b": 1}, ["a b"]).encode("ab")
     with one_line_error(r"no special token '<.pad.>'"):
         small.encode("a", allowed_special={END_OF_TEXT, "<|pad|>"})
-
-
-def test_a_missing_vocabulary(tmp_path):
     with one_line_error("no vocabulary; put encoder.json and vocab.bpe, or vocab.json and merges.txt, or tok"):
-        write_files(tmp_path, merges=None)
+        get_encoder(tmp_path.name, tmp_path.parent)
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("encoder.json", '{"a": 0, "b"'),
         ("encoder.json", '["a", "b"]'),
-        ("encoder.json", '{"a": "0"}'),
-        ("encoder.json", '{"a": 0, "b": -1}'),
-        ("encoder.json", json.dumps(BYTES | {"ab": True})),
-        ("encoder.json", json.dumps(BYTES | {"ab": 256.0})),
-        ("encoder.json", json.dumps(BYTES | {"ab": 2**31})),
-        ("encoder.json", '{"a": 1%s}' % ("0" * 5000)),
+        *(("encoder.json", json.dumps(BYTES | {"ab": wrong})) for wrong in (True, 256.0, -1, 2**31)),
         ("encoder.json", '{"a\n\x1b[2J": NaN}'),
         ("encoder.json", b'{"a\xff": 0}'),
-        ("encoder.json", "[" * 100_000),
         ("vocab.bpe", "#version: 0.2\na b c\n"),
         ("vocab.bpe", "#version: 0.2\na b\n\nab c\n"),
         ("vocab.bpe", ""),
@@ -271,19 +230,13 @@ def test_a_corrupt_file_is_named(tmp_path, name, content):
         write_files(tmp_path, **{"vocabulary" if name == "encoder.json" else "merges": content})
 
 
-def test_openai_files_have_every_merge_and_token(real):
-    assert (len(real.encoder), len(real.ranks), len(real.decoder)) == (50257, 50000, 50257)
-    assert (real.encoder[END_OF_TEXT], real.encoder["Ġthe"]) == (50256, 262)
-
-
 def test_merges_read_the_same_in_any_form(tmp_path, vocabulary_dir, small):
     """Without the version line, without the last line feed, and with Windows's line ends (no symbol has a "\\r")."""
     vocabulary = (vocabulary_dir / "encoder.json").read_bytes()
     merges = (vocabulary_dir / "vocab.bpe").read_bytes()
     for content in (merges.partition(b"\n")[2].rstrip(b"\n"), merges.replace(b"\n", b"\r\n")):
         assert write_files(tmp_path, vocabulary.replace(b"\n", b"\r\n"), content).ranks == small.ranks
-    encoder = write_files(tmp_path, json.dumps(BYTES), "#version: 0.2\n")
-    assert encoder.encode("ab") == [BYTES["a"], BYTES["b"]]
+    assert write_files(tmp_path).encode("ab") == [BYTES["a"], BYTES["b"]]
 
 
 def write_vocabulary(folder, layout, vocabulary, merges):
@@ -301,8 +254,11 @@ def write_vocabulary(folder, layout, vocabulary, merges):
 
 
 INCONSISTENT = {  # a change of a vocabulary v and its list of merges m; words of the message; the file that it names
-    "last merge lost": (lambda v, m: (v, m[:-1]), "1 of 400 tokens of .* the first is '", 1),
-    "half of the merges lost": (lambda v, m: (v, m[:71]), "72 of 400 tokens of .* are not the result of a merge", 1),
+    "last merge lost": (
+        lambda v, m: (v, m[:-1]),
+        "1 of 400 tokens of .* neither results of its merges nor special, .* '",
+        1,
+    ),
     "a merge garbled": (lambda v, m: (v, [*m[:9], m[9] + "x", *m[10:]]), "1 of 400 tokens", 1),
     "a merge twice": (lambda v, m: (v, [*m, m[5]]), "1 of 144 merges occur a second time", 1),
     "no merges": (lambda v, m: (v, []), "143 of 400 tokens", 1),
@@ -321,7 +277,7 @@ def test_the_tokens_are_the_bytes_the_results_of_merges_and_special_tokens(tmp_p
     write_vocabulary(tmp_path, layout, small.encoder | {"<pad>": 401, "[CLS]": 402}, list(small.ranks))
     assert len(get_encoder(tmp_path.name, str(tmp_path.parent)).encoder) == 402
     paths = write_vocabulary(tmp_path, layout, *change(small.encoder, list(small.ranks)))
-    with one_line_error(f"{re.escape(str(paths[blamed]))} is corrupt .*{words}", CorruptFile):
+    with one_line_error(f"{re.escape(str(paths[blamed]))}[: ].*{words}", CorruptFile):
         get_encoder(tmp_path.name, str(tmp_path.parent))
 
 
@@ -333,7 +289,7 @@ def test_merges_cut_at_any_byte_are_noticed(tmp_path, vocabulary_dir):
             write_files(tmp_path, vocabulary, merges[:n_bytes])
 
 
-WRONG = [None, 3, "x", "", [], ["x"], [[]], [3], [None], {}, {"x": "y"}, [{}], [{"content": "x"}], [["a", "b", "c"]]]
+WRONG = [None, 3, "x", "", [], ["x"], [[]], [3], {}, {"x": "y"}, [{"content": "x"}], [["a", "b", "c"]]]
 WRONG += [[{"content": 3, "id": 3}], [{"content": ["x"], "id": 400}], [{"content": "x", "id": "3"}], [{"id": 3}]]
 
 

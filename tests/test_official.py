@@ -38,10 +38,9 @@ def mistake(capsysbinary):
     return run_mistake
 
 
-def run_script(*arguments, cwd, **env):
-    """Run official/compare.py in a process, in another folder; return its exit code, output and errors."""
-    options = {"cwd": cwd, "env": os.environ | env, "timeout": 300}
-    return programs.run("--model_size", "tiny", *arguments, script="official/compare.py", **options)
+def run_script(*arguments, **options):
+    """Run official/compare.py in a process; return its exit code, output and errors."""
+    return programs.run("--model_size", "tiny", *arguments, script="official/compare.py", timeout=300, **options)
 
 
 # OpenAI's checkout
@@ -55,7 +54,7 @@ def git(*command):
 
 @pytest.fixture
 def upstream(tmp_path, monkeypatch):
-    """A repository with two commits in place of OpenAI's; compare.py wants the first."""
+    """A repository with two commits in place of OpenAI's, at the second; compare.py wants the first."""
     path = tmp_path / "upstream"
     (path / "src").mkdir(parents=True)
     git("init", "--quiet", path)
@@ -70,45 +69,50 @@ def upstream(tmp_path, monkeypatch):
 
 def test_errors_of_git_name_its_commands(tmp_path, upstream, mistake, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    clone = f"git clone {compare.URL} 'not here' && git -C 'not here' checkout {compare.COMMIT}"
+    path = shlex.quote(str(tmp_path / "not here"))
+    clone = f"git clone {compare.URL} {path} && git -C {path} checkout {compare.COMMIT}"
     mistake(["--official_repo", "not here"], clone, "or add --clone")
     mistake(["--official_repo", upstream], f"git -C {upstream} checkout {compare.COMMIT}")
     assert not os.path.exists("not here")
     monkeypatch.setattr(compare, "COMMIT", "9b63575ef42771a015060c964af2c3da4cf7c8ab")  # which does not exist
-    mistake(["--official_repo", upstream, "--clone"], "checkout 9b63575", "run it by hand")
+    mistake(["--official_repo", upstream, "--clone"], f"is not a git checkout of {compare.URL}; name a new folder")
 
 
 def test_another_folder_is_refused(upstream):
     for path in (upstream / "src", upstream / "src" / "model.py"):  # parts of a checkout
-        with pytest.raises(UserError, match=f"is not a git checkout; name a new folder: git clone .* {path}-"):
+        with pytest.raises(UserError, match=f"is not a git checkout of .*; name a new folder: git clone .* {path}-"):
             compare.check_checkout(str(path), clone=True)
 
 
-@pytest.mark.parametrize("flag", ["--refresh", "--assume-unchanged", "--skip-worktree"])  # git diff trusts the last two
-def test_a_modified_source_is_refused_and_kept_and_the_command_restores_it(upstream, flag):
+@pytest.fixture
+def checkout(upstream):
     git("-C", upstream, "checkout", "--quiet", compare.COMMIT)
-    git("-C", upstream, "update-index", flag, "src/model.py")
-    source = upstream / "src" / "model.py"
+    return upstream
+
+
+@pytest.mark.parametrize("flag", ["--refresh", "--skip-worktree"])  # git diff trusts the latter
+def test_a_modified_source_is_refused_and_kept_and_the_command_restores_it(checkout, flag):
+    git("-C", checkout, "update-index", flag, "src/model.py")
+    source = checkout / "src" / "model.py"
     source.write_text("modified\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"src/model\.py differs from OpenAI's; run: git -C ") as error:
-        compare.check_checkout(str(upstream), clone=True)
+        compare.check_checkout(str(checkout), clone=True)
     assert source.read_text(encoding="utf-8") == "modified\n"
     git(*shlex.split(str(error.value).partition("run: git ")[2]))
-    compare.check_checkout(str(upstream), clone=False)
+    compare.check_checkout(str(checkout), clone=False)
     source.unlink()
     with pytest.raises(UserError, match=r"src/model\.py differs"):
-        compare.check_checkout(str(upstream), clone=True)
+        compare.check_checkout(str(checkout), clone=True)
 
 
-@pytest.mark.parametrize("name", ["numpy.py", "encoder/__init__.py", "model.abi3.so", "json.pyc", "link", "new\n"])
-def test_a_file_that_could_shadow_a_module_is_refused(upstream, tmp_path, name):
-    git("-C", upstream, "checkout", "--quiet", compare.COMMIT)
-    src = upstream / "src"
+@pytest.mark.parametrize("name", ["encoder/__init__.py", "model.abi3.so", "link", "new\n"])
+def test_a_file_that_could_shadow_a_module_is_refused(checkout, tmp_path, name):
+    src = checkout / "src"
     (src / "__pycache__").mkdir()
     (src / "__pycache__" / "model.cpython-313.pyc").touch()
     (src / "model.py").write_bytes(b"first\r\n")  # git's conversion of line ends
-    compare.check_checkout(str(upstream), clone=False)
-    (upstream / ".git" / "info" / "exclude").write_text("*\n", encoding="utf-8")
+    compare.check_checkout(str(checkout), clone=False)
+    (checkout / ".git" / "info" / "exclude").write_text("*\n", encoding="utf-8")
     if name == "link":
         (tmp_path / "package").mkdir()
         (src / name).symlink_to(tmp_path / "package")
@@ -116,7 +120,7 @@ def test_a_file_that_could_shadow_a_module_is_refused(upstream, tmp_path, name):
         (src / name).parent.mkdir(exist_ok=True)
         (src / name).touch()
     with pytest.raises(UserError, match=r"src/.* is not OpenAI's and could be imported") as error:
-        compare.check_checkout(str(upstream), clone=True)
+        compare.check_checkout(str(checkout), clone=True)
     assert repr(f"src/{name}") in str(error.value) and "\n" not in str(error.value)
 
 
@@ -130,13 +134,9 @@ def test_clone_makes_the_checkout(tmp_path, upstream, name):
     compare.check_checkout(str(path), clone=False)
 
 
-# What else is missing
-
-
-def test_missing_programs_are_named(tmp_path, upstream, mistake, monkeypatch):
-    git("-C", upstream, "checkout", "--quiet", compare.COMMIT)
+def test_missing_programs_are_named(tmp_path, checkout, mistake, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    mistake(["--official_repo", upstream], "TensorFlow", "pip install -r requirements-dev.txt")
+    mistake(["--official_repo", checkout], "TensorFlow", "pip install -r requirements-dev.txt")
     monkeypatch.setenv("PATH", str(tmp_path))
     mistake(["--official_repo", "new", "--clone"], "git is needed")
 
@@ -209,12 +209,13 @@ def test_comparison_of_two_results(byte_encoder, pair):
     ]
 
 
-@pytest.mark.parametrize("position", [0, 1, 4])  # in the prompt, its last, after the last generated token
+@pytest.mark.parametrize("position", [0, 1, 2, 4])  # in the prompt, its last, a generated token, after the last one
 def test_the_tolerance_is_that_of_the_position(byte_encoder, pair, position):
     for found in pair:
         found["logits"][2] *= 1e30  # a large spread, whose square float32 cannot represent
         found["logits"][3] = 1  # no spread
-    tolerance = 2e-4 * np.std(pair[0]["logits"][position])
+    pair[1]["logits"][2, 8] = 1e25  # a small part of the spread there
+    tolerance = 2e-4 * np.std(pair[0]["logits"][position], dtype=np.float64)
     for factor, n_lines in ((0.95, 0), (1.05, 1), (-1.05, 1)):
         pair[1]["logits"][position, 7] = factor * tolerance
         _, lines = compare.compare("x", *pair, byte_encoder)
@@ -222,7 +223,7 @@ def test_the_tolerance_is_that_of_the_position(byte_encoder, pair, position):
         assert all(f"position {position + 1} of 5" in line and "the logit of 7 " in line for line in lines)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
 @pytest.mark.parametrize("sides", [[0], [1], [0, 1]])
 def test_logits_that_are_not_finite_are_different(byte_encoder, pair, value, sides):
     for side in sides:
@@ -285,9 +286,7 @@ def compare_with(tmp_path, monkeypatch, capsys, vocabulary_dir, their_answers):
 IDENTICAL = "identical token ids; all logits are within 2e-04 of the spread\n"
 ALL_GENERATED = f"{N_GENERATED} of {N_GENERATED}"
 LINE = re.compile(
-    r"^different: (.*): position (\d+) of (\d+) \(token (\d+) .*\): the logit of (\d+) .* is (\S+) in OpenAI's code, "
-    r"(\S+) in ours; difference (\S+), tolerance (\S+)$",
-    re.MULTILINE,
+    r"^different: (.*): position (\d+) of .*: the logit of (\d+) .*; difference (\S+), tolerance (\S+)$", re.MULTILINE
 )
 
 
@@ -299,9 +298,10 @@ def altered(tensors, name, size, part=slice(None)):
 
 
 def exact_logits(tensors, their_answers):
-    """Return the logits of each prompt and its continuation in float64."""
+    """Return the logits of all prompts and their continuations in float64, one row per position."""
     params = nest({name: tensor.astype(np.float64) for name, tensor in tensors.items()}, TINY["n_layer"])
-    return [gpt2(found["ids"] + found["new_ids"], **params, n_head=TINY["n_head"]) for found in their_answers]
+    logits = [gpt2(found["ids"] + found["new_ids"], **params, n_head=TINY["n_head"]) for found in their_answers]
+    return np.concatenate(logits)
 
 
 QUERY, KEY, VALUE = (slice(i * TINY["n_embd"], (i + 1) * TINY["n_embd"]) for i in range(3))
@@ -314,31 +314,13 @@ EACH_KIND = [name for name in tensor_shapes(**TINY) if not name.startswith("h1/"
 )
 def test_an_altered_tensor_is_reported(compare_with, tiny_tensors, their_answers, name, part):
     """An effect of a third of the tolerance is accepted, three times the tolerance is not."""
-    exact = exact_logits(tiny_tensors, their_answers)
-
-    def effects(tensors):  # [n_seq, n_vocab] per prompt, as a fraction of the spread
-        pairs = zip(exact, exact_logits(tensors, their_answers), strict=True)
-        return [np.abs(b - a) / np.std(a, axis=-1, keepdims=True) for a, b in pairs]
-
-    size = 1e-4
-    size *= 2e-4 / max(map(np.max, effects(altered(tiny_tensors, name, size, part))))
+    exact, other = (exact_logits(t, their_answers) for t in (tiny_tensors, altered(tiny_tensors, name, 1e-4, part)))
+    size = 1e-4 * 2e-4 / np.max(np.abs(other - exact) / np.std(exact, axis=-1, keepdims=True))
     code, out = compare_with(altered(tiny_tensors, name, size / 3, part))
     assert (code, out.endswith(f"\n\n{IDENTICAL}")) == (0, True)
-    tensors = altered(tiny_tensors, name, size * 3, part)
-    code, out = compare_with(tensors)
-    assert (code, IDENTICAL in out) == (1, False)
-    found = dict(zip(compare.PROMPTS, zip(their_answers, effects(tensors), strict=True), strict=True))
-    largest = 0
-    for prompt, position, n, *ids_and_logits in LINE.findall(out):
-        ids = found[prompt][0]["ids"] + found[prompt][0]["new_ids"]
-        token, vocabulary_id, theirs, ours, difference, tolerance = map(float, ids_and_logits)
-        assert (int(n), ids[int(position) - 1]) == (len(ids), token)
-        effect = found[prompt][1][int(position) - 1, int(vocabulary_id)]
-        assert effect == pytest.approx(np.max(found[prompt][1]), rel=0.05)
-        assert difference / tolerance * 2e-4 == pytest.approx(effect, rel=0.05)
-        assert abs(ours - theirs) == pytest.approx(difference, rel=0.05)
-        largest = max(largest, effect)
-    assert largest == pytest.approx(6e-4, rel=0.05)
+    code, out = compare_with(altered(tiny_tensors, name, size * 3, part))
+    ratios = [float(difference) / float(tolerance) for *_, difference, tolerance in LINE.findall(out)]
+    assert (code, IDENTICAL in out, max(ratios)) == (1, False, pytest.approx(3, rel=0.05))
 
 
 def test_the_bias_of_the_keys_has_no_effect(compare_with, tiny_tensors):
@@ -356,17 +338,6 @@ def test_a_difference_in_the_generated_part_only(compare_with, tiny_tensors, the
     assert (code, out.count(ALL_GENERATED)) == (1, len(compare.PROMPTS))
 
 
-def test_two_swapped_rows_of_wte_that_no_token_uses(compare_with, tiny_tensors, their_answers):
-    used = {i for found in their_answers for i in found["ids"] + found["new_ids"]}
-    a, b = [i for i in range(TINY["n_vocab"]) if i not in used][:2]
-    wte = tiny_tensors["wte"].copy()
-    wte[[a, b]] = wte[[b, a]]
-    code, out = compare_with(tiny_tensors | {"wte": wte})
-    lines = LINE.findall(out)
-    assert (code, len(lines), out.count(ALL_GENERATED)) == (1, len(compare.PROMPTS), len(compare.PROMPTS))
-    assert {int(line[4]) for line in lines} <= {a, b}
-
-
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_different(compare_with, tiny_tensors, value):
     ln_f = tiny_tensors["ln_f/b"].copy()
@@ -381,14 +352,13 @@ def test_weights_that_are_not_finite_are_different(compare_with, tiny_tensors, v
 
 @pytest.fixture
 def model_dir(tmp_path, tiny_release):
-    """The tiny model in OpenAI's layout, whose greedy text does not repeat one token."""
     return shutil.copytree(tiny_release, tmp_path / "models" / "tiny")
 
 
 def test_the_same_weights_give_identical_ids(tmp_path, official_repo, model_dir):
-    redirect = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{official_repo}.insteadOf"}
-    redirect["GIT_CONFIG_VALUE_0"] = compare.URL
-    code, out, err = run_script("--official_repo", "new", "--clone", "--prompt", "wind\u2028", cwd=tmp_path, **redirect)
+    redirect = {"GIT_CONFIG_KEY_0": f"url.{official_repo}.insteadOf", "GIT_CONFIG_VALUE_0": compare.URL}
+    options = {"cwd": tmp_path, "env": os.environ | redirect | {"GIT_CONFIG_COUNT": "1"}}
+    code, out, err = run_script("--official_repo", "new", "--clone", "--prompt", "wind\u2028", **options)
     assert code == 0, err
     table, _, verdict = out.decode("utf-8").replace(os.linesep, "\n").rpartition("\n\n")
     assert verdict == IDENTICAL
@@ -398,9 +368,7 @@ def test_the_same_weights_give_identical_ids(tmp_path, official_repo, model_dir)
     assert git("-C", tmp_path / "new", "status", "--porcelain", "--ignored") == ""
 
 
-def test_other_weights_give_different_ids_and_a_damaged_checkpoint_an_error(
-    tmp_path, official_repo, model_dir, tiny_tensors
-):
+def test_other_weights_differ_and_a_damaged_checkpoint_is_an_error(tmp_path, official_repo, model_dir, tiny_tensors):
     checkout = shutil.copytree(official_repo, tmp_path / "checkout")
     (tmp_path / "other.py").write_text("raise RuntimeError", encoding="utf-8")
     cache = importlib.util.cache_from_source(str(checkout / "src" / "model.py"))  # which is not read
@@ -408,10 +376,8 @@ def test_other_weights_give_different_ids_and_a_damaged_checkpoint_an_error(
     write_safetensors(model_dir, TINY, tiny_tensors | {"h1/mlp/c_proj/w": -tiny_tensors["h1/mlp/c_proj/w"]})
     arguments = ["--official_repo", checkout, "--n_tokens_to_generate", "20"]
     code, out, err = run_script(*arguments, cwd=tmp_path)
-    assert code == 1, err
-    assert b"identical token ids" not in out
-    assert b"different: Turing: position" in out
-    assert b"different: Turing: generated token" in out and b"gap" in out
+    assert (code, b"identical token ids" in out) == (1, False), err
+    assert b"different: Turing: position" in out and b"different: Turing: generated token" in out
     data = model_dir / "model.ckpt.data-00000-of-00001"
     data.write_bytes(bytes(data.stat().st_size))
     assert_mistake(run_script(*arguments, cwd=tmp_path), "OpenAI's code failed", script="official/compare.py")

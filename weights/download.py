@@ -21,6 +21,8 @@ TIMEOUT = (10, 30)  # seconds to connect, seconds between two reads
 ATTEMPTS = 5  # consecutive attempts that bring no new byte
 BACK_OFF = 1.0  # seconds before the second attempt; doubles before each further one
 ANOTHER_FOLDER = "choose a folder on another disk"
+REDIRECTS = 10  # at most
+LARGEST = 2**33  # bytes of a file of unknown size; the data of 1558M have 6.2 * 10**9
 CHUNK = 2**14  # bytes; an incomplete chunk is lost when the connection breaks
 
 
@@ -73,7 +75,7 @@ def fetch(url, path, size, remedy):
         except UserError:
             raise
         except (Refused, requests.RequestException, HTTPError, ValueError) as error:
-            is_final, cause = isinstance(error, (Refused, requests.TooManyRedirects, ValueError)), innermost(error)
+            is_final, cause = isinstance(error, (Refused, ValueError)), innermost(error)
         unreachable = isinstance(cause, NewConnectionError) and not failures  # at the first attempt
         failures = failures + 1 if size_of(path + ".part") <= reached else 1
         reached = max(reached, size_of(path + ".part"))
@@ -97,8 +99,7 @@ def fetch_rest(url, path, size):
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns of malformed headers, with a traceback
     part, (have, etag) = path + ".part", resumable(path)
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-", "If-Range": etag} if have else {})
-    hooks = {"response": refuse_downgrade}
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT, hooks=hooks) as response:
+    with follow(url, headers) as response:
         begin = first_byte(response, path, have, etag)
         if begin is None:
             return
@@ -112,17 +113,34 @@ def fetch_rest(url, path, size):
             if not begin:
                 save_etag(path, response.headers.get("ETag", ""))
             for chunk in response.iter_content(CHUNK):
+                if f.tell() + len(chunk) > (LARGEST if total is None else total):
+                    discard(path)
+                    raise Refused("it has more bytes than expected")
                 f.write(chunk)
                 bar.update(len(chunk))
     if total is not None and size_of(part) != total:
         raise requests.ConnectionError(f"{size_of(part)} of {total} bytes received")
 
 
-def refuse_downgrade(response, **_):
-    """Raise Refused if a response redirects from https to another protocol."""
-    target = urllib.parse.urljoin(response.url, response.headers.get("Location", ""))
-    if response.is_redirect and response.url.startswith("https:") and not target.lower().startswith("https:"):
-        raise Refused(f"it redirects from https to {target}")
+def follow(url, headers):
+    """Return the response of url, after up to REDIRECTS redirects, whose bodies are not read.
+
+    Raises Refused for more, and for one from https to another protocol.
+    """
+    import requests
+
+    session = requests.Session()
+    session.get_redirect_target = lambda response: None  # requests would read the body of a redirect
+    for _ in range(REDIRECTS + 1):
+        response = session.get(url, headers=headers, stream=True, timeout=TIMEOUT)
+        if not response.is_redirect:
+            return response
+        response.close()
+        target = urllib.parse.urljoin(url, response.headers["Location"])
+        if url.startswith("https:") and not target.lower().startswith("https:"):
+            raise Refused(f"it redirects from https to {target}")
+        url = target
+    raise Refused(f"it redirects more than {REDIRECTS} times")
 
 
 def first_byte(response, path, have, etag):

@@ -52,7 +52,7 @@ def read_json(path):
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CorruptFile(path, error) from None
+        raise CorruptFile(path, str(error).partition(";")[0]) from None  # no advice for programmers
     if not isinstance(found, dict):
         raise CorruptFile(path, "not a JSON object")
     return found

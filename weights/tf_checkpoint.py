@@ -107,7 +107,9 @@ def read_index(path):
         entries = {name.decode("utf-8"): parse_entry(value) for name, value in values.items()}
     except (EOFError, OverflowError, LookupError, UnicodeDecodeError) as error:
         raise CorruptFile(path, f"malformed: {error}") from None
-    if (n_shards := header.get((1, VARINT))) != 1:
+    if (n_shards := header.get((1, VARINT))) is None:
+        raise CorruptFile(path, "no number of data files")
+    if n_shards != 1:
         raise UserError(f"{path}: {n_shards} data files; only one is read: save it with tf.train.Saver(sharded=False)")
     if header.get((2, VARINT)):
         raise UserError(f"{path} is big-endian; only little-endian is read: save it again on a little-endian machine")
