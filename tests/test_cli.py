@@ -431,7 +431,7 @@ class Terminal(contextlib.AbstractContextManager):
         streams = {"stdin": screen, "stdout": screen, "stderr": screen, "env": os.environ | {"TERM": "dumb"}}
         self.process = subprocess.Popen(arguments, start_new_session=True, cwd=ROOT, **streams)
         os.close(screen)
-        self.decoder, self.shown = codecs.getincrementaldecoder("utf-8")(), ""
+        self.decoder, self.shown = codecs.getincrementaldecoder("utf-8")("replace"), ""
 
     def type(self, text):
         os.write(self.master, text.encode("utf-8"))
