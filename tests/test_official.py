@@ -338,6 +338,17 @@ def test_a_difference_in_the_generated_part_only(compare_with, tiny_tensors, the
     assert (code, out.count(ALL_GENERATED)) == (1, len(compare.PROMPTS))
 
 
+def test_two_swapped_rows_of_wte_are_reported_though_no_prompt_has_these_tokens(
+    compare_with, tiny_tensors, their_answers
+):
+    used = {i for found in their_answers for i in found["ids"] + found["new_ids"]}
+    first, second = [i for i in range(len(tiny_tensors["wte"])) if i not in used][:2]
+    wte = tiny_tensors["wte"].copy()
+    wte[[first, second]] = wte[[second, first]]
+    code, out = compare_with(tiny_tensors | {"wte": wte})
+    assert code == 1 and len(LINE.findall(out)) == len(compare.PROMPTS)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_different(compare_with, tiny_tensors, value):
     ln_f = tiny_tensors["ln_f/b"].copy()
