@@ -16,7 +16,7 @@ from encoder import END_OF_TEXT, LAYOUTS, get_encoder, read_merges, read_vocabul
 from engines.allocator import keep_freed_memory
 from weights.download import size_of
 from weights.errors import CorruptFile, Mismatch, UserError, printable
-from weights.files import remove_leftovers
+from weights.files import remove_leftovers, set_aside
 from weights.lock import hold_lock, new_folder
 from weights.names import count_params, load_hparams, read_hparams
 from weights.releases import CHECKPOINT_FILES, DATA_FILE, HPARAMS, N_PARAMS, base_url, fetch_released, is_downloadable
@@ -110,7 +110,7 @@ def check_vocabulary(encoder, hparams, model_dir):
     largest = max(encoder.decoder, default=0)
     if largest >= hparams["n_vocab"]:
         raise Mismatch(
-            os.path.join(model_dir, LAYOUTS[0][0]),
+            os.path.join(model_dir, "hparams.json"),
             f"{model_dir}: the vocabulary has ids up to {largest}, but the model has n_vocab = {hparams['n_vocab']}",
             "they belong to different models: put the right vocabulary there",
         )
@@ -154,7 +154,7 @@ def load_and_repair(load, model_size, models_dir, model_dir):
             is_imported = names == [WEIGHTS]
             download_files(model_size, model_dir, missing_checkpoint(model_dir) if is_imported else names)
             if is_imported:
-                os.replace(path, path + ".corrupt")  # load() imports it again
+                set_aside(path)  # load() imports it again
     return load()
 
 
@@ -180,9 +180,12 @@ def suspects(error, model_size, model_dir):
         check_file(model_size, name, error.path)
     except UserError:
         return [name]
-    # The file is valid, but does not match the others; any of them may be wrong, the largest only if it is this one.
-    others = vocabulary if name in vocabulary else [n for n in CHECKPOINT_FILES if n != DATA_FILE or n == name]
-    return ["hparams.json", *others]
+    # The file is valid, but does not match others; any of them may be wrong, the largest only if it is this one.
+    if name in vocabulary:
+        return [*vocabulary]
+    if name == "hparams.json":
+        return [name, *vocabulary]
+    return ["hparams.json", *(other for other in CHECKPOINT_FILES if other != DATA_FILE or other == name)]
 
 
 # The first run

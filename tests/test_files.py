@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import contents, one_line_error, set_free_space
 from weights import resources
 from weights.errors import CorruptFile, UserError
-from weights.files import atomic_write, open_regular, read_json, remove_leftovers
+from weights.files import atomic_write, open_regular, read_json, remove_leftovers, set_aside
 from weights.resources import available_memory, check_memory, check_space, format_bytes
 
 
@@ -71,6 +71,13 @@ def test_a_file_that_cannot_be_replaced_is_an_error_in_one_line(tmp_path):
         with one_line_error(tmp_path / name, reason, "--models_dir"), atomic_write(str(tmp_path / name)) as f:
             f.write(b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_file_that_was_set_aside_is_not_overwritten(tmp_path):
+    for i in range(3):
+        (tmp_path / "file").write_bytes(b"%d" % i)
+        set_aside(str(tmp_path / "file"))
+    assert contents(tmp_path) == {"file.corrupt": b"0", "file.corrupt1": b"1", "file.corrupt2": b"2"}
 
 
 def test_only_leftovers_of_killed_writers_are_removed(tmp_path):

@@ -14,7 +14,7 @@ import time
 import urllib.parse
 
 from weights.errors import CorruptFile, UserError, printable
-from weights.files import atomic_write, cannot_write, read_text
+from weights.files import atomic_write, cannot_write, read_text, set_aside
 from weights.resources import check_space
 
 TIMEOUT = (10, 30)  # seconds to connect, seconds between two reads
@@ -54,7 +54,7 @@ def download_file(url, path, size=None, sha256=None, check=None, *, remedy):
             discard(path)
             raise UserError(f"{url} arrived corrupt ({fault}); run the same command again, or {remedy}")
         if os.path.exists(path):
-            os.replace(path, path + ".corrupt")
+            set_aside(path)
         os.replace(part, path)
         discard(path)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import mmap
 import os
@@ -89,6 +90,12 @@ def atomic_write(path, remedy="choose another --models_dir"):
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+def set_aside(path):
+    """Rename a file to path.corrupt, or to path.corrupt1 and so on if that exists."""
+    names = (f"{path}.corrupt{n or ''}" for n in itertools.count())
+    os.replace(path, next(name for name in names if not os.path.lexists(name)))
 
 
 def remove_leftovers(folder):
