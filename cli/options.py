@@ -171,11 +171,8 @@ def prepare_streams():
     if None in (sys.stdin, sys.stdout, sys.stderr):
         devnull = open(os.devnull, "r+", encoding="utf-8")  # noqa: SIM115 (stays open as a standard stream)
         sys.stdin, sys.stdout, sys.stderr = (stream or devnull for stream in (sys.stdin, sys.stdout, sys.stderr))
-    at_terminal, elsewhere = (
-        {"errors": "replace"},
-        {"encoding": "utf-8", "errors": "backslashreplace"},
-    )  # for names of files
-    sys.stdout.reconfigure(**at_terminal if sys.stdout.isatty() else elsewhere)
+    elsewhere = {"encoding": "utf-8", "errors": "backslashreplace"}  # a file's name may not be valid Unicode
+    sys.stdout.reconfigure(**({"errors": "replace"} if sys.stdout.isatty() else elsewhere))
     sys.stderr.reconfigure(**({} if sys.stderr.isatty() else {"encoding": "utf-8"}), errors="backslashreplace")
 
 

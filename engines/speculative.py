@@ -4,7 +4,7 @@
 smaller model, or are the tokens that followed the same words earlier in the text (Saxena 2023, "Prompt Lookup
 Decoding").
 
-Draft tokens change how many tokens a pass yields, never which ones. The sampler chooses every token from the model's
+Draft tokens change the number of tokens per pass, never the tokens. The sampler chooses every token from the model's
 logits, as it does without drafting; a draft token is accepted if it is the token that the sampler chose, and only then
 are the logits after it used. For sampling this is the paper's rejection sampling (algorithm 1), since a draft token x
 is certain here (q = 1): accepting x with probability p(x), and sampling from p without x otherwise, is the same as

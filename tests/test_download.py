@@ -89,7 +89,7 @@ def status(code, body=ERROR_PAGE, **options):
 
 
 def stall(handler, n_bytes=0):
-    """Send so many bytes, and the rest after two seconds, or when the client has disconnected."""
+    """Send n_bytes bytes, and the rest after two seconds, or when the client has disconnected."""
     serve(handler, limit=n_bytes)
     select.select([handler.connection], [], [], 2)
     handler.wfile.write(handler.server.files[handler.path][n_bytes:])
