@@ -1,0 +1,205 @@
+"""Vectors of float32 for numba: a SIMD register as a type, and the operations on it that kernels need.
+
+A kernel written with them states the order of every addition, so that its results do not depend on how a compiler
+vectorizes a loop. LLVM maps a vector to the processor's registers (one of AVX-512, two of AVX2, four of NEON).
+"""
+
+import operator
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, overload, register_model
+
+LANES = 16  # elements of a vector
+FLOAT, INT = ir.FloatType(), ir.IntType(32)
+FLOATS, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
+
+
+class Vector(types.Type):
+    """The numba type of a vector of LANES elements."""
+
+    def __init__(self):
+        super().__init__(name=f"float32x{LANES}")
+
+
+vector = Vector()
+
+
+@register_model(Vector)
+class VectorModel(models.PrimitiveModel):
+    """A vector in LLVM's intermediate representation."""
+
+    def __init__(self, manager, numba_type):
+        super().__init__(manager, numba_type, FLOATS)
+
+
+def constant(value):
+    return ir.Constant(FLOATS, [float(value)] * LANES)
+
+
+def call(builder, name, *args):
+    """Call an LLVM intrinsic on vectors that returns a vector, for example llvm.fma."""
+    function_type = ir.FunctionType(FLOATS, [FLOATS] * len(args))
+    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, f"{name}.v{LANES}f32"), args)
+
+
+def pointer(context, builder, array_type, array, index_type, index):
+    """The address of an element; index is an integer or a tuple of integers, one per axis, none negative."""
+    array = context.make_array(array_type)(context, builder, array)
+    indices = cgutils.unpack_tuple(builder, index) if isinstance(index_type, types.BaseTuple) else [index]
+    return cgutils.get_item_pointer(context, builder, array_type, array, indices, wraparound=False)
+
+
+@intrinsic
+def load(typing_context, a, index):
+    """load(a, index): LANES contiguous elements of the array a, float32 or int8, from a[index] on."""
+
+    def generate(context, builder, signature, args):
+        element = context.get_data_type(a.dtype)
+        vector_type = ir.VectorType(element, LANES)
+        address = builder.bitcast(pointer(context, builder, a, args[0], index, args[1]), vector_type.as_pointer())
+        elements = builder.load(address, align=a.dtype.bitwidth // 8)
+        return elements if element == FLOAT else builder.sitofp(elements, FLOATS)
+
+    return vector(a, index), generate
+
+
+@intrinsic
+def store(typing_context, a, index, v):
+    """store(a, index, v): write v to LANES contiguous elements of the float32 array a, from a[index] on."""
+
+    def generate(context, builder, signature, args):
+        address = pointer(context, builder, a, args[0], index, args[1])
+        builder.store(args[2], builder.bitcast(address, FLOATS.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(a, index, v), generate
+
+
+@intrinsic
+def prefetch(typing_context, a, index):
+    """prefetch(a, index): ask for the cache line of a[index], which may lie outside of the array."""
+
+    def generate(context, builder, signature, args):
+        byte_pointer = ir.IntType(8).as_pointer()
+        address = builder.bitcast(pointer(context, builder, a, args[0], index, args[1]), byte_pointer)
+        function_type = ir.FunctionType(ir.VoidType(), [byte_pointer, INT, INT, INT])
+        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0i8")
+        read, second_level, data = INT(0), INT(2), INT(1)
+        builder.call(function, [address, read, second_level, data])
+        return context.get_dummy_value()
+
+    return types.void(a, index), generate
+
+
+@intrinsic
+def splat(typing_context, x):
+    """splat(x): a vector whose elements are all x."""
+
+    def generate(context, builder, signature, args):
+        x32 = context.cast(builder, args[0], x, types.float32)
+        first = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), x32, INT(0))
+        return builder.shuffle_vector(first, ir.Constant(FLOATS, ir.Undefined), ir.Constant(INTS, [0] * LANES))
+
+    return vector(x), generate
+
+
+@intrinsic
+def zero(typing_context):
+    """zero(): a vector of zeros."""
+    return vector(), lambda context, builder, signature, args: constant(0)
+
+
+@intrinsic
+def fma(typing_context, a, b, c):
+    """fma(a, b, c): a * b + c, rounded once."""
+    return vector(a, b, c), lambda context, builder, signature, args: call(builder, "llvm.fma", *args)
+
+
+@intrinsic
+def maximum(typing_context, a, b):
+    """maximum(a, b): the larger elements; b's where a's is NaN."""
+
+    def generate(context, builder, signature, args):
+        return builder.select(builder.fcmp_ordered(">", *args), *args)
+
+    return vector(a, b), generate
+
+
+def reduction(name, start, flags):
+    """An intrinsic that reduces a vector to a float32 with an LLVM reduction."""
+
+    @intrinsic
+    def reduce(typing_context, v):
+        def generate(context, builder, signature, args):
+            operands = [*start, args[0]]
+            function_type = ir.FunctionType(FLOAT, [operand.type for operand in operands])
+            function = cgutils.get_or_insert_function(builder.module, function_type, f"{name}.v{LANES}f32")
+            return builder.call(function, operands, fastmath=flags)
+
+        return types.float32(v), generate
+
+    return reduce
+
+
+total = reduction("llvm.vector.reduce.fadd", [ir.Constant(FLOAT, -0.0)], ["reassoc"])  # pairwise: the order is fixed
+largest = reduction("llvm.vector.reduce.fmax", [], ["nnan"])
+
+
+def arithmetic(operation, instruction):
+    """Give vectors an operator."""
+
+    @intrinsic
+    def apply(typing_context, a, b):
+        def generate(context, builder, signature, args):
+            return getattr(builder, instruction)(*args)
+
+        return vector(a, b), generate
+
+    @overload(operation)
+    def overloaded(a, b):
+        return (lambda a, b: apply(a, b)) if a == vector and b == vector else None
+
+
+for symbol, instruction in {"add": "fadd", "sub": "fsub", "mul": "fmul", "truediv": "fdiv"}.items():
+    arithmetic(getattr(operator, symbol), instruction)
+
+
+@intrinsic
+def times_power_of_two(typing_context, v, n):
+    """times_power_of_two(v, n): v * 2**n for whole numbers n from -127 to 127; 0 where n is -127."""
+
+    def generate(context, builder, signature, args):
+        bits = builder.add(builder.fptosi(args[1], INTS), ir.Constant(INTS, [127] * LANES))
+        power = builder.bitcast(builder.shl(bits, ir.Constant(INTS, [23] * LANES)), FLOATS)
+        return builder.fmul(args[0], power)
+
+    return vector(v, n), generate
+
+
+@intrinsic
+def nearest(typing_context, v):
+    """nearest(v): the elements rounded to whole numbers."""
+    return vector(v), lambda context, builder, signature, args: call(builder, "llvm.rint", *args)
+
+
+@njit(inline="always")
+def exp(x):
+    """exp(x) with an error of at most 2 units in the last place; 0 below -87.7 and at most exp(88).
+
+    x = n log 2 + r with |r| <= log(2)/2, and a polynomial for exp(r) (Cephes, expf).
+    """
+    x = maximum(splat(-88.0), x)
+    x = splat(0.0) - maximum(splat(-88.0), splat(0.0) - x)
+    n = nearest(x * splat(1.44269504))
+    r = fma(n, splat(-0.693359375), x)
+    r = fma(n, splat(2.12194440e-4), r)
+    p = splat(1.9875691500e-4)
+    p = fma(p, r, splat(1.3981999507e-3))
+    p = fma(p, r, splat(8.3334519073e-3))
+    p = fma(p, r, splat(4.1665795894e-2))
+    p = fma(p, r, splat(1.6666665459e-1))
+    p = fma(p, r, splat(5.0000001201e-1))
+    p = fma(p, r * r, r) + splat(1.0)
+    return times_power_of_two(p, n)
