@@ -16,6 +16,21 @@ FLOAT, INT = ir.FloatType(), ir.IntType(32)
 FLOATS, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
 
 
+def kernel(parallel=False):
+    """Return a decorator that compiles a function when it is first called, and keeps the result on disk if possible.
+
+    numba looks for a folder that it can write to: NUMBA_CACHE_DIR, __pycache__, or the user's cache folder.
+    """
+
+    def decorate(function):
+        try:
+            return njit(function, parallel=parallel, nogil=True, cache=True)
+        except RuntimeError:
+            return njit(function, parallel=parallel, nogil=True)
+
+    return decorate
+
+
 class Vector(types.Type):
     """The numba type of a vector of LANES elements."""
 

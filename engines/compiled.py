@@ -1,0 +1,35 @@
+"""gpt2.py with compiled kernels: an instance of the module whose linear, layer_norm, gelu and attention numba compiled.
+
+The kernels run where the sizes are multiples of LANES, as in all of OpenAI's models; elsewhere gpt2.py's own functions
+run. Logits have the same bits whether a token is computed alone, in a prompt, in a batch, or among draft tokens.
+"""
+
+import importlib.util
+
+from engines.instance import new_instance
+from weights.errors import UserError
+from weights.resources import check_memory
+
+
+def is_installed():
+    """Return whether numba is installed, without importing it."""
+    return importlib.util.find_spec("numba") is not None
+
+
+def compiled_model(params):
+    """Return (model, params): an instance of gpt2 with compiled functions, and the parameters in their layout.
+
+    The weights of the blocks are copied, wte is not. Raises UserError if numba is missing or memory is short.
+    """
+    weights = [layer["w"] for block in params["blocks"] for part in ("attn", "mlp") for layer in block[part].values()]
+    check_memory("a transposed copy of the weights", sum(w.nbytes for w in weights), "set --engine numpy")
+    try:
+        from engines import attention, kernels
+    except ImportError as error:
+        raise UserError(
+            f"the compiled engine needs numba ({error}); pip install numba, or set --engine numpy"
+        ) from None
+    model = new_instance()
+    model.linear, model.layer_norm, model.gelu = kernels.linear, kernels.layer_norm, kernels.gelu
+    model.attention, model.KVCache = attention.attention, attention.KVCache
+    return model, kernels.in_layout(params)

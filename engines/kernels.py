@@ -1,0 +1,186 @@
+"""The compiled counterparts of linear, layer_norm and gelu in gpt2.py, for float32 arrays.
+
+A row of a result has the same bits whatever other rows are computed with it, and whatever the number of threads: every
+sum is taken in the same order. They need a last axis that is a multiple of LANES; other arrays go to gpt2.py's functions.
+"""
+
+import functools
+import math
+
+import numpy as np
+from numba import njit, prange
+
+import gpt2
+from engines.vectors import LANES, exp, fma, kernel, load, prefetch, splat, store, total, zero
+
+MANY = 2**14  # elements from which a function of single rows or elements is worth a parallel region
+TILE = 4  # rows of x, and rows of the transposed weight, that are multiplied at a time: 16 sums fit into the registers
+
+
+@njit
+def multiply_tile(x, i, w, j, b, y, ahead, ahead_end):
+    """Compute y[i : i+TILE, j : j+TILE] of product(), and prefetch the rows of w from ahead to ahead_end.
+
+    Rows of x beyond the last one repeat it.
+    """
+    last = x.shape[0] - 1
+    i0, i1, i2, i3 = i, min(i + 1, last), min(i + 2, last), min(i + 3, last)
+    s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = zero()
+    s20 = s21 = s22 = s23 = s30 = s31 = s32 = s33 = zero()
+    for k in range(0, w.shape[1], LANES):
+        for row in range(ahead, ahead_end):
+            prefetch(w, (row, k))
+        w0, w1, w2, w3 = load(w, (j, k)), load(w, (j + 1, k)), load(w, (j + 2, k)), load(w, (j + 3, k))
+        v = load(x, (i0, k))
+        s00, s01, s02, s03 = fma(v, w0, s00), fma(v, w1, s01), fma(v, w2, s02), fma(v, w3, s03)
+        v = load(x, (i1, k))
+        s10, s11, s12, s13 = fma(v, w0, s10), fma(v, w1, s11), fma(v, w2, s12), fma(v, w3, s13)
+        v = load(x, (i2, k))
+        s20, s21, s22, s23 = fma(v, w0, s20), fma(v, w1, s21), fma(v, w2, s22), fma(v, w3, s23)
+        v = load(x, (i3, k))
+        s30, s31, s32, s33 = fma(v, w0, s30), fma(v, w1, s31), fma(v, w2, s32), fma(v, w3, s33)
+    write_sums(y, i0, j, b, s00, s01, s02, s03)
+    write_sums(y, i1, j, b, s10, s11, s12, s13)
+    write_sums(y, i2, j, b, s20, s21, s22, s23)
+    write_sums(y, i3, j, b, s30, s31, s32, s33)
+
+
+@njit
+def write_sums(y, i, j, b, s0, s1, s2, s3):
+    y[i, j], y[i, j + 1] = total(s0) + b[j], total(s1) + b[j + 1]
+    y[i, j + 2], y[i, j + 3] = total(s2) + b[j + 2], total(s3) + b[j + 3]
+
+
+@kernel(parallel=True)
+def product(x, w, b, y):  # [rows, n_in], [n_out, n_in], [n_out] -> y: [rows, n_out]
+    """Write x @ w.T + b to y; n_out is at least TILE.
+
+    Each tile of w is read from memory once, while the tiles of x go over it, and the next tile is prefetched.
+    """
+    n_out, groups = w.shape[0], -(-x.shape[0] // TILE)
+    share = max(1, TILE // groups)  # rows of the next tile of w that each tile of x prefetches
+    for block in prange(-(-n_out // TILE)):
+        j = min(TILE * block, n_out - TILE)
+        for group in range(groups):
+            first = min(group * share, TILE)
+            multiply_tile(x, TILE * group, w, j, b, y, j + TILE + first, j + TILE + min(first + share, TILE))
+
+
+@functools.cache
+def no_bias(n_out):
+    return read_only(np.zeros(n_out, np.float32))
+
+
+def read_only(a):
+    """Return a view that cannot be written to: numba compiles one version for writable and one for other arrays."""
+    view = a.view()
+    view.flags.writeable = False
+    return view
+
+
+def linear(x, w, b):  # [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]
+    """gpt2.linear for a w in Fortran order, such as wte.T."""
+    n_in, n_out = w.shape
+    if n_in % LANES or n_out < TILE:
+        return gpt2.linear(x, w, b)
+    y = np.empty((*x.shape[:-1], n_out), np.float32)
+    product(x.reshape(-1, n_in), w.T, b if np.ndim(b) else no_bias(n_out), y.reshape(-1, n_out))
+    return y
+
+
+@njit
+def normalize_row(x, i, g, b, eps, y):
+    n = x.shape[1]
+    s = zero()
+    for k in range(0, n, LANES):
+        s = s + load(x, (i, k))
+    mean = splat(total(s) / n)
+    s = zero()
+    for k in range(0, n, LANES):
+        d = load(x, (i, k)) - mean
+        s = fma(d, d, s)
+    scale = splat(1.0 / math.sqrt(total(s) / n + eps))
+    for k in range(0, n, LANES):
+        store(y, (i, k), fma((load(x, (i, k)) - mean) * scale, load(g, k), load(b, k)))
+
+
+@kernel()
+def normalize(x, g, b, eps, y):  # [rows, n], [n], [n] -> y: [rows, n]
+    """Write layer_norm(x, g, b) to y."""
+    for i in range(x.shape[0]):
+        normalize_row(x, i, g, b, eps, y)
+
+
+@kernel(parallel=True)
+def normalize_parallel(x, g, b, eps, y):  # [rows, n], [n], [n] -> y: [rows, n]
+    """normalize() for many rows."""
+    for i in prange(x.shape[0]):
+        normalize_row(x, i, g, b, eps, y)
+
+
+def layer_norm(x, g, b, eps=1e-5):  # [..., n], [n], [n] -> [..., n]
+    """gpt2.layer_norm."""
+    if x.shape[-1] % LANES:
+        return gpt2.layer_norm(x, g, b, eps)
+    y = np.empty(x.shape, np.float32)
+    run = normalize_parallel if x.size >= MANY else normalize
+    run(x.reshape(-1, x.shape[-1]), g, b, eps, y.reshape(-1, x.shape[-1]))
+    return y
+
+
+@njit
+def activate_part(x, start, stop, y):
+    for k in range(start, stop, LANES):
+        v = load(x, k)
+        z = fma(splat(0.044715) * v * v, v, v) * splat(-2 * math.sqrt(2 / math.pi))
+        store(y, k, v / (splat(1.0) + exp(z)))
+
+
+@kernel()
+def activate(x, y):  # [n] -> y: [n]
+    """Write gelu(x) to y, as x / (1 + exp(-2 z)): 1 + tanh(z) is 2 / (1 + exp(-2 z))."""
+    activate_part(x, 0, x.size, y)
+
+
+@kernel(parallel=True)
+def activate_parallel(x, y):  # [n] -> y: [n]
+    """activate() for many elements."""
+    part = 256 * LANES
+    for i in prange(-(-x.size // part)):
+        activate_part(x, i * part, min((i + 1) * part, x.size), y)
+
+
+def gelu(x):  # [..., n] -> [..., n]
+    """gpt2.gelu."""
+    if x.shape[-1] % LANES:
+        return gpt2.gelu(x)
+    y = np.empty(x.shape, np.float32)
+    run = activate_parallel if x.size >= MANY else activate
+    run(x.reshape(-1), y.reshape(-1))
+    return y
+
+
+@kernel(parallel=True)
+def transpose(w, y):  # [n_in, n_out] -> y: [n_out, n_in]
+    """Write w.T to y, in blocks of LANES x LANES elements: both are read and written in whole cache lines."""
+    n_in, n_out = w.shape
+    for block in prange(-(-n_out // LANES)):
+        stop = min((block + 1) * LANES, n_out)
+        for start in range(0, n_in, LANES):
+            for j in range(block * LANES, stop):
+                for k in range(start, min(start + LANES, n_in)):
+                    y[j, k] = w[k, j]
+
+
+def in_layout(params):
+    """Return the parameters for these functions: the weights of the blocks in Fortran order, all arrays read-only."""
+    if isinstance(params, dict):
+        return {name: transposed(value) if name == "w" else in_layout(value) for name, value in params.items()}
+    return [in_layout(value) for value in params] if isinstance(params, list) else read_only(params)
+
+
+def transposed(w):  # [n_in, n_out] -> [n_in, n_out]
+    """Return a copy of w in Fortran order."""
+    copy = np.empty(w.shape[::-1], np.float32)
+    transpose(read_only(w), copy)
+    return read_only(copy).T
