@@ -1,7 +1,7 @@
 """The compiled counterparts of linear, layer_norm and gelu in gpt2.py, for float32 arrays.
 
 A row of a result has the same bits whatever other rows are computed with it, and whatever the number of threads: every
-sum is taken in the same order. They need a last axis that is a multiple of LANES; other arrays go to gpt2.py's functions.
+sum is taken in the same order. They need a last axis that is a multiple of LANES; others go to gpt2.py's functions.
 """
 
 import functools
@@ -66,6 +66,16 @@ def product(x, w, b, y):  # [rows, n_in], [n_out, n_in], [n_out] -> y: [rows, n_
             multiply_tile(x, TILE * group, w, j, b, y, j + TILE + first, j + TILE + min(first + share, TILE))
 
 
+@kernel(parallel=True)
+def product_of_row(x, w, b, y):  # [1, n_in], [n_out, n_in], [n_out] -> y: [1, n_out]
+    """product() for one row of x: reading one row of w at a time, a thread reads memory in one stream."""
+    for j in prange(w.shape[0]):
+        s = zero()
+        for k in range(0, w.shape[1], LANES):
+            s = fma(load(x, (0, k)), load(w, (j, k)), s)
+        y[0, j] = total(s) + b[j]
+
+
 @functools.cache
 def no_bias(n_out):
     return read_only(np.zeros(n_out, np.float32))
@@ -83,9 +93,11 @@ def linear(x, w, b):  # [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]
     n_in, n_out = w.shape
     if n_in % LANES or n_out < TILE:
         return gpt2.linear(x, w, b)
-    y = np.empty((*x.shape[:-1], n_out), np.float32)
-    product(x.reshape(-1, n_in), w.T, b if np.ndim(b) else no_bias(n_out), y.reshape(-1, n_out))
-    return y
+    x, lead = x.reshape(-1, n_in), x.shape[:-1]
+    y = np.empty((len(x), n_out), np.float32)
+    run = product_of_row if len(x) == 1 else product
+    run(x, w.T, b if np.ndim(b) else no_bias(n_out), y)
+    return y.reshape(*lead, n_out)
 
 
 @njit
