@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit, prange
 
 import gpt2
-from engines.vectors import LANES, exp, fma, kernel, load, prefetch, splat, store, total, zero
+from engines.vectors import LANES, exp, fma, fma4, kernel, load, prefetch, splat, store, total, zero
 
 MANY = 2**14  # elements from which a function of single rows or elements is worth a parallel region
 TILE = 4  # rows of x, and rows of the transposed weight, that are multiplied at a time: 16 sums fit into the registers
@@ -25,30 +25,25 @@ def multiply_tile(x, i, w, j, b, y, ahead, ahead_end):
     """
     last = x.shape[0] - 1
     i0, i1, i2, i3 = i, min(i + 1, last), min(i + 2, last), min(i + 3, last)
-    s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = zero()
-    s20 = s21 = s22 = s23 = s30 = s31 = s32 = s33 = zero()
+    s0 = s1 = s2 = s3 = (zero(), zero(), zero(), zero())
     for k in range(0, w.shape[1], LANES):
         for row in range(ahead, ahead_end):
             prefetch(w, (row, k))
-        w0, w1, w2, w3 = load(w, (j, k)), load(w, (j + 1, k)), load(w, (j + 2, k)), load(w, (j + 3, k))
-        v = load(x, (i0, k))
-        s00, s01, s02, s03 = fma(v, w0, s00), fma(v, w1, s01), fma(v, w2, s02), fma(v, w3, s03)
-        v = load(x, (i1, k))
-        s10, s11, s12, s13 = fma(v, w0, s10), fma(v, w1, s11), fma(v, w2, s12), fma(v, w3, s13)
-        v = load(x, (i2, k))
-        s20, s21, s22, s23 = fma(v, w0, s20), fma(v, w1, s21), fma(v, w2, s22), fma(v, w3, s23)
-        v = load(x, (i3, k))
-        s30, s31, s32, s33 = fma(v, w0, s30), fma(v, w1, s31), fma(v, w2, s32), fma(v, w3, s33)
-    write_sums(y, i0, j, b, s00, s01, s02, s03)
-    write_sums(y, i1, j, b, s10, s11, s12, s13)
-    write_sums(y, i2, j, b, s20, s21, s22, s23)
-    write_sums(y, i3, j, b, s30, s31, s32, s33)
+        four = load(w, (j, k)), load(w, (j + 1, k)), load(w, (j + 2, k)), load(w, (j + 3, k))
+        s0 = fma4(load(x, (i0, k)), four, s0)
+        s1 = fma4(load(x, (i1, k)), four, s1)
+        s2 = fma4(load(x, (i2, k)), four, s2)
+        s3 = fma4(load(x, (i3, k)), four, s3)
+    write_sums(y, i0, j, b, s0)
+    write_sums(y, i1, j, b, s1)
+    write_sums(y, i2, j, b, s2)
+    write_sums(y, i3, j, b, s3)
 
 
 @njit
-def write_sums(y, i, j, b, s0, s1, s2, s3):
-    y[i, j], y[i, j + 1] = total(s0) + b[j], total(s1) + b[j + 1]
-    y[i, j + 2], y[i, j + 3] = total(s2) + b[j + 2], total(s3) + b[j + 3]
+def write_sums(y, i, j, b, sums):
+    y[i, j], y[i, j + 1] = total(sums[0]) + b[j], total(sums[1]) + b[j + 1]
+    y[i, j + 2], y[i, j + 3] = total(sums[2]) + b[j + 2], total(sums[3]) + b[j + 3]
 
 
 @kernel(parallel=True)

@@ -199,6 +199,12 @@ def nearest(typing_context, v):
     return vector(v), lambda context, builder, signature, args: call(builder, "llvm.rint", *args)
 
 
+@njit
+def fma4(x, w, sums):
+    """fma4(x, w, sums): fma(x, w[i], sums[i]) for tuples of four vectors."""
+    return fma(x, w[0], sums[0]), fma(x, w[1], sums[1]), fma(x, w[2], sums[2]), fma(x, w[3], sums[3])
+
+
 @njit(inline="always")
 def exp(x):
     """exp(x) with an error of at most 2 units in the last place; 0 below -87.7 and at most exp(88).
