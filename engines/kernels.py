@@ -14,6 +14,8 @@ import gpt2
 from engines.vectors import LANES, exp, fma, fma4, kernel, load, prefetch, splat, store, total, zero
 
 MANY = 2**14  # elements from which a function of single rows or elements is worth a parallel region
+ROWS = 256  # rows of x that go over a tile of w: they stay in the processor's cache
+WIDTH = 6  # rows of the transposed weight that are multiplied with TILE rows of x
 TILE = 4  # rows of x, and rows of the transposed weight, that are multiplied at a time: 16 sums fit into the registers
 
 
@@ -46,19 +48,64 @@ def write_sums(y, i, j, b, sums):
     y[i, j + 2], y[i, j + 3] = total(sums[2]) + b[j + 2], total(sums[3]) + b[j + 3]
 
 
+@njit
+def multiply_wide(x, i, w, j, b, y, ahead, ahead_end):
+    """Compute y[i : i+TILE, j : j+WIDTH] of product(), and prefetch the rows of w from ahead to ahead_end.
+
+    Rows of x beyond the last one repeat it.
+    """
+    last = x.shape[0] - 1
+    i0, i1, i2, i3 = i, min(i + 1, last), min(i + 2, last), min(i + 3, last)
+    s0 = s1 = s2 = s3 = (zero(), zero(), zero(), zero(), zero(), zero())
+    for k in range(0, w.shape[1], LANES):
+        for row in range(ahead, ahead_end):
+            prefetch(w, (row, k))
+        w0, w1, w2 = load(w, (j, k)), load(w, (j + 1, k)), load(w, (j + 2, k))
+        w3, w4, w5 = load(w, (j + 3, k)), load(w, (j + 4, k)), load(w, (j + 5, k))
+        s0 = fma6(load(x, (i0, k)), (w0, w1, w2, w3, w4, w5), s0)
+        s1 = fma6(load(x, (i1, k)), (w0, w1, w2, w3, w4, w5), s1)
+        s2 = fma6(load(x, (i2, k)), (w0, w1, w2, w3, w4, w5), s2)
+        s3 = fma6(load(x, (i3, k)), (w0, w1, w2, w3, w4, w5), s3)
+    write_six(y, i0, j, b, s0)
+    write_six(y, i1, j, b, s1)
+    write_six(y, i2, j, b, s2)
+    write_six(y, i3, j, b, s3)
+
+
+@njit
+def fma6(x, w, sums):
+    a, b = fma3(x, w[:3], sums[:3]), fma3(x, w[3:], sums[3:])
+    return a[0], a[1], a[2], b[0], b[1], b[2]
+
+
+@njit
+def fma3(x, w, sums):
+    return fma(x, w[0], sums[0]), fma(x, w[1], sums[1]), fma(x, w[2], sums[2])
+
+
+@njit
+def write_six(y, i, j, b, sums):
+    y[i, j], y[i, j + 1], y[i, j + 2] = total(sums[0]) + b[j], total(sums[1]) + b[j + 1], total(sums[2]) + b[j + 2]
+    y[i, j + 3], y[i, j + 4], y[i, j + 5] = (
+        total(sums[3]) + b[j + 3],
+        total(sums[4]) + b[j + 4],
+        total(sums[5]) + b[j + 5],
+    )
+
+
 @kernel(parallel=True)
 def product(x, w, b, y):  # [rows, n_in], [n_out, n_in], [n_out] -> y: [rows, n_out]
-    """Write x @ w.T + b to y; n_out is at least TILE.
+    """Write x @ w.T + b to y; n_out is at least WIDTH.
 
     Each tile of w is read from memory once, while the tiles of x go over it, and the next tile is prefetched.
     """
     n_out, groups = w.shape[0], -(-x.shape[0] // TILE)
-    share = max(1, TILE // groups)  # rows of the next tile of w that each tile of x prefetches
-    for block in prange(-(-n_out // TILE)):
-        j = min(TILE * block, n_out - TILE)
+    share = -(-WIDTH // groups)  # rows of the next tile of w that each tile of x prefetches
+    for block in prange(-(-n_out // WIDTH)):
+        j = min(WIDTH * block, n_out - WIDTH)
         for group in range(groups):
-            first = min(group * share, TILE)
-            multiply_tile(x, TILE * group, w, j, b, y, j + TILE + first, j + TILE + min(first + share, TILE))
+            first, stop = min(group * share, WIDTH), min((group + 1) * share, WIDTH)
+            multiply_wide(x, TILE * group, w, j, b, y, j + WIDTH + first, j + WIDTH + stop)
 
 
 @kernel(parallel=True)
@@ -86,12 +133,13 @@ def read_only(a):
 def linear(x, w, b):  # [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]
     """gpt2.linear for a w in Fortran order, such as wte.T."""
     n_in, n_out = w.shape
-    if n_in % LANES or n_out < TILE:
+    if n_in % LANES or n_out < WIDTH:
         return gpt2.linear(x, w, b)
     x, lead = x.reshape(-1, n_in), x.shape[:-1]
     y = np.empty((len(x), n_out), np.float32)
     run = product_of_row if len(x) == 1 else product
-    run(x, w.T, b if np.ndim(b) else no_bias(n_out), y)
+    for i in range(0, len(x), ROWS):
+        run(x[i : i + ROWS], w.T, b if np.ndim(b) else no_bias(n_out), y[i : i + ROWS])
     return y.reshape(*lead, n_out)
 
 
