@@ -32,16 +32,19 @@ def sliding_windows(n_inputs, context, stride):
     return [(0, 0)] + [(start, before + context - start) for before, start in itertools.pairwise(starts)]
 
 
-def total_loss(ids, params, n_head, context, stride, threads=1):
+def total_loss(ids, params, n_head, context, stride, threads=1, model=None):
     """Return the sum of -log p(token), in nats, over ids[1:], each given the ids before it in its window.
 
     ids: at least two token ids. threads: number of batches of windows evaluated at a time.
+    model: the one of compiled_model() with these params; it has threads of its own and takes one batch at a time.
     Raises ValueError unless 1 <= stride <= context <= the model's context.
     """
     n_ctx, n_vocab = params["wpe"].shape[0], params["wte"].shape[0]
     if not 1 <= stride <= context <= n_ctx:
         raise ValueError(f"need 1 <= stride {stride} <= context {context} <= the model's context {n_ctx}")
-    ids, model, n_inputs = np.asarray(ids, dtype=int), fused.training_model(), len(ids) - 1
+    ids, n_inputs = np.asarray(ids, dtype=int), len(ids) - 1
+    threads = threads if model is None else 1
+    model, in_turn = (fused.training_model(), None) if model is None else (model, map)
     context = min(context, n_inputs)
 
     def batch_loss(windows):
@@ -56,7 +59,7 @@ def total_loss(ids, params, n_head, context, stride, threads=1):
     check_evaluation_memory(n_tokens, context, *params["wte"].shape, n_head)
     with ThreadPoolExecutor(threads) as pool, threadpool_limits(1 if len(batches) > 1 else threads):
         try:
-            losses, total, lines = pool.map(batch_loss, batches), 0.0, Lines()
+            losses, total, lines = (in_turn or pool.map)(batch_loss, batches), 0.0, Lines()
             for i, loss in enumerate(tqdm(losses, total=len(batches), unit="batch", disable=None, leave=False)):
                 total += loss
                 lines.show(f"evaluated {i + 1} of {len(batches)} batches")

@@ -6,6 +6,8 @@ Top-p keeps the smallest set of most likely tokens whose probabilities sum to at
 section 3.1, and Hugging Face). OpenAI's code leaves out the token that crosses p, unless it is the only one.
 """
 
+import functools
+
 import numpy as np
 
 from gpt2 import softmax
@@ -37,6 +39,12 @@ def distribution(logits, temperature=1.0, top_k=0, top_p=1.0):  # [n_vocab] -> [
     return probs / np.sum(probs)
 
 
+def sample(logits, rng, **options):
+    """Return a token id sampled from distribution(logits, **options)."""
+    cumulative = np.cumsum(distribution(logits, **options))
+    return np.searchsorted(cumulative / cumulative[-1], rng.random(), side="right")
+
+
 def make_sampler(temperature=0.0, top_k=0, top_p=1.0, seed=None):
     """Return a function from logits, [n_vocab], to a token id: argmax at temperature 0, else a seeded random sample.
 
@@ -45,10 +53,4 @@ def make_sampler(temperature=0.0, top_k=0, top_p=1.0, seed=None):
     """
     if temperature == 0:
         return np.argmax
-    rng = np.random.default_rng(seed)
-
-    def sample(logits):
-        cumulative = np.cumsum(distribution(logits, temperature, top_k, top_p))
-        return np.searchsorted(cumulative / cumulative[-1], rng.random(), side="right")
-
-    return sample
+    return functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, rng=np.random.default_rng(seed))

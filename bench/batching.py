@@ -1,8 +1,9 @@
 """Batches of prompts, and the cost of a pass over several tokens: python bench/batching.py [ROUNDS]
 
-The first table has the time of one pass over k tokens of one text. A cost is this time divided by that of a pass of
-gpt2 over one token, in the same round. The second table has the speed of whole batches of prompts of 32 tokens, for the
-engines of inference_engines.py. A speedup is the time of the other engine divided by ours; above 1, ours is faster.
+The first table has the time of one pass over k tokens of one text. A cost is this time divided by that of the same
+engine's pass over one token, in the same round. The second table has the speed of whole batches of prompts of 32
+tokens, for the engines of inference_engines.py. A speedup is the time of the other engine divided by ours; above 1,
+ours is faster.
 """
 
 import sys
@@ -13,10 +14,10 @@ from common import bandwidth, in_turn, machine, median, model_124m, random_ids, 
 from inference_engines import engines
 
 import gpt2
-from engines.parallel import small_batch_model
+from engines.compiled import compiled_model
 
 PASSES, N_TOKENS, IDLE = 7, 33, 0.3
-BATCHES = (1, 8, 32)
+PASS_TOKENS, BATCHES = (1, 2, 4, 8, 16, 32), (1, 8, 32)
 
 
 def pass_seconds(model, params, n_head, context, k):
@@ -33,24 +34,18 @@ def pass_seconds(model, params, n_head, context, k):
 
 def pass_table(rounds):
     _, hparams, params = model_124m()
-    n_head = hparams["n_head"]
-    start = time.perf_counter()
-    small_batch = small_batch_model(params, n_head)
-    print(f"small_batch_model: copied in {time.perf_counter() - start:.2f} s")
-    rows = []
-    for context in (32, 512):
-        for k in (1, 2, 4, 8, 16, 32):
-            plain, several, small, speeds = [], [], [], []
-            for _ in range(rounds):
+    n_head, rows = hparams["n_head"], []
+    for name, model in {"compiled": compiled_model(params), "gpt2.py": (gpt2, params)}.items():
+        for context in (32, 512):
+            spent, speeds = {k: [] for k in PASS_TOKENS}, []
+            for turn in range(rounds):
                 speeds.append(bandwidth([read_seconds()]))
-                plain.append(pass_seconds(gpt2, params, n_head, context, 1))
-                several.append(pass_seconds(gpt2, params, n_head, context, k))
-                small.append(pass_seconds(*small_batch, n_head, context, k))
-            cells = [f"{1000 * median(plain):.1f}", f"{1000 * median(several):.1f}", f"{1000 * median(small):.1f}"]
-            rows.append([context, k, *cells, ratio(several, plain), ratio(small, plain), f"{median(speeds) / 1e9:.1f}"])
-    head = ["context", "k", "gpt2.py, 1 token, ms", "gpt2.py, k tokens, ms", "small-batch model, k tokens, ms"]
-    head += ["cost in gpt2.py", "cost in the small-batch model", "read GB/s"]
-    table(head, rows)
+                for k in in_turn(list(PASS_TOKENS), turn):
+                    spent[k].append(pass_seconds(*model, n_head, context, k))
+            for k in PASS_TOKENS:
+                cells = [f"{1000 * median(spent[k]):.1f}", ratio(spent[k], spent[1]), f"{median(speeds) / 1e9:.1f}"]
+                rows.append([name, context, k, *cells])
+    table(["engine", "context", "k", "ms", "cost", "read GB/s"], rows)
 
 
 def ratio(times, others):

@@ -8,6 +8,7 @@ import platform
 import sys
 import threading
 import time
+from importlib.metadata import version
 from statistics import median
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -15,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
+from engines.compiled import is_installed  # noqa: E402
 from tests.random_model import (  # noqa: E402
     DATA,
     SIZE_124M,
@@ -26,6 +28,7 @@ from tests.random_model import (  # noqa: E402
 from utils import load_encoder_hparams_and_params  # noqa: E402
 from weights.names import tensor_shapes  # noqa: E402
 
+IDLE = 0.15  # seconds for which the threads of BLAS spin after a product, at most
 MODELS_DIR, NAME = ROOT / "models", "random-124M"
 BYTES_A_TOKEN = 4 * sum(math.prod(shape) for name, shape in tensor_shapes(**SIZE_124M).items() if name != "wpe")
 
@@ -58,9 +61,10 @@ def random_ids(n):
 
 
 def read_seconds():
-    """Return the seconds in which two threads read a 500 MB array in each of two ways.
+    """Return the seconds in which two threads read a 500 MB array in each of three ways.
 
-    The ways are np.max over integers, and a matrix-vector product (BLAS), as in decoding.
+    The ways are np.max over integers, a sum that numba compiles (if it is installed), and a matrix-vector product of
+    BLAS. Waits until BLAS's threads no longer spin.
     """
     buffer = read_buffer()
     halves = np.array_split(buffer.reshape(-1).view(np.int64), 2)
@@ -73,17 +77,39 @@ def read_seconds():
         for thread in threads:
             thread.join()
 
-    return seconds(maximum), seconds(lambda: row @ buffer)
+    ways = [maximum, lambda: row @ buffer]
+    if is_installed():
+        sum_of = compiled_sum()
+        ways.insert(0, lambda: sum_of(buffer))
+    spent = [seconds(way) for way in ways]
+    time.sleep(IDLE)
+    return spent
 
 
 def bandwidth(passes):
-    """Bytes per second in the faster of the two ways, from a list of results of read_seconds (the median)."""
+    """Bytes per second in the fastest of the ways, from a list of results of read_seconds (the median)."""
     return read_buffer().nbytes / min(median(way) for way in zip(*passes, strict=True))
 
 
 @functools.cache
 def read_buffer():
     return np.ones((768, 500_000_000 // 4 // 768), dtype=np.float32)
+
+
+@functools.cache
+def compiled_sum():
+    """Return a function that sums a float32 array of two axes, compiled before its first use."""
+    from numba import njit, prange
+
+    @njit(parallel=True, fastmath=True)
+    def sum_of(a):
+        a, s = a.reshape(-1), np.float32(0)
+        for i in prange(a.size):
+            s += a[i]
+        return s
+
+    sum_of(np.ones((1, 1), np.float32))
+    return sum_of
 
 
 def seconds(function):
@@ -108,6 +134,7 @@ def machine():
         pass
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
+    versions += f", numba {version('numba')}" if is_installed() else ""
     told = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("OPENBLAS_")]
     size = f"{os.cpu_count()} cores, {memory:.0f} GiB"
     return ", ".join([model, size, versions, *told, time.strftime("%Y-%m-%d")])

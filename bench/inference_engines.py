@@ -1,4 +1,4 @@
-"""The engines that the benchmarks compare, all with the weights of models/random-124M, float32 and 2 threads.
+"""The engines that the benchmarks compare, all with the weights of models/random-124M and 2 threads.
 
 Each engine has a name, a version, run(ids, n_tokens), which yields greedy ids one by one, and run_batch(rows, n_tokens)
 for prompts of equal length, which returns a list of ids for each. None stops at an end token. An engine may compile
@@ -6,6 +6,7 @@ code for the shapes of a call, so the first call with new shapes is not to be ti
 subfolder of the model's folder, created at the first use; delete it to convert the model again.
 """
 
+import ctypes
 import functools
 import logging
 import multiprocessing
@@ -19,35 +20,53 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 from common import MODELS_DIR, NAME, model_124m
 
+import gpt2
 from engines.batching import generate_batch, in_order
-from engines.parallel import small_batch_model
-from gpt2 import generate, generate_tokens
+from engines.compiled import compiled_model
+from weights.errors import UserError
 
 N_THREADS = 2
 
 
-class Ours:
-    name, version = "ours", f"NumPy {np.__version__}"
+class Numpy:
+    name, packages, version = "this program, --engine numpy", "numpy", f"NumPy {np.__version__}"
 
     def __init__(self):
-        _, hparams, self.params = model_124m()
+        _, hparams, params = model_124m()
         self.n_head = hparams["n_head"]
+        self.model, self.params = self.prepare(params)
+
+    def prepare(self, params):
+        return gpt2, params
 
     def run(self, ids, n_tokens):
-        yield from generate_tokens(ids, self.params, self.n_head, n_tokens)
-
-    @functools.cached_property
-    def small_batch(self):
-        return small_batch_model(self.params, self.n_head)
+        yield from self.model.generate_tokens(ids, self.params, self.n_head, n_tokens)
 
     def run_batch(self, rows, n_tokens):
         """Generate one row as gpt2.py does, several as --prompts_file does."""
         if len(rows) == 1:
-            return [generate(rows[0], self.params, self.n_head, n_tokens)]
-        model, params = self.small_batch
+            return [list(self.run(rows[0], n_tokens))]
         requests = ((i, ids, [np.argmax]) for i, ids in enumerate(rows))
-        results = generate_batch(requests, params, self.n_head, n_tokens, len(rows), model=model)
+        results = generate_batch(requests, self.params, self.n_head, n_tokens, len(rows), model=self.model)
         return list(in_order(((i, ids) for (i, _), ids, _ in results), range(len(rows))))
+
+
+class Compiled(Numpy):
+    name, packages, dtype = "this program", "numba", "float32"
+
+    def prepare(self, params):
+        import numba
+
+        self.version = f"numba {numba.__version__}"
+        return compiled_model(params, self.dtype)
+
+
+class Int8(Compiled):
+    name, dtype = "this program, --dtype int8", "int8"
+
+
+class Int4(Compiled):
+    name, dtype = "this program, --dtype int4", "int4"
 
 
 class Stepwise:
@@ -177,13 +196,13 @@ class OnnxRuntime(Stepwise):
 class CTranslate2:
     """Its tokens are strings: here the ids as decimals. Without end_token=[] it stops at the model's end token."""
 
-    name, packages = "CTranslate2", "ctranslate2 torch transformers"
+    name, packages, compute_type = "CTranslate2", "ctranslate2 torch transformers", "float32"
 
     def __init__(self):
         import ctranslate2
 
         self.version = ctranslate2.__version__
-        options = {"compute_type": "float32", "inter_threads": 1, "intra_threads": N_THREADS}
+        options = {"compute_type": self.compute_type, "inter_threads": 1, "intra_threads": N_THREADS}
         self.generator = ctranslate2.Generator(str(converted("ctranslate2", self.convert)), device="cpu", **options)
 
     @staticmethod
@@ -210,10 +229,17 @@ class CTranslate2:
         return [result.sequences_ids[0] for result in self.generator.generate_batch(prompts, **options)]
 
 
+class CTranslate2Int8(CTranslate2):
+    """It quantizes the float32 weights when it loads them."""
+
+    name, compute_type = "CTranslate2, int8", "int8"
+
+
 class LlamaCpp(Stepwise):
-    """Keys and values are float32 too, which is not its default; its GELU is a table of float16 in any case."""
+    """Keys and values are float16, its default and fastest choice, and its GELU is a table of float16."""
 
     name, packages = "llama.cpp", "llama-cpp-python gguf"
+    file_type = None  # llama.cpp's name of the format of quantized weights
 
     def __init__(self):
         import llama_cpp
@@ -221,6 +247,9 @@ class LlamaCpp(Stepwise):
         logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
         self.api, self.version = llama_cpp, f"from llama-cpp-python {llama_cpp.__version__}"
         path = converted("llama.cpp", self.convert) / "model.gguf"
+        if self.file_type:
+            quantize = functools.partial(self.quantize, path)
+            path = converted(f"llama.cpp-{self.file_type}", quantize) / "model.gguf"
         self.model = llama_cpp.llama_model_load_from_file(os.fsencode(path), llama_cpp.llama_model_default_params())
         self.n_vocab, self.contexts = model_124m()[1]["n_vocab"], {}
 
@@ -247,6 +276,15 @@ class LlamaCpp(Stepwise):
         writer.write_tensors_to_file()
         writer.close()
 
+    def quantize(self, source, folder):
+        """Write the file `source` with quantized weights, as its llama-quantize does."""
+        folder.mkdir()
+        options = self.api.llama_model_quantize_default_params()
+        options.ftype = getattr(self.api, f"LLAMA_FTYPE_MOSTLY_{self.file_type}")
+        paths = (os.fsencode(source), os.fsencode(folder / "model.gguf"))
+        if self.api.llama_model_quantize(*paths, ctypes.byref(options)):
+            raise RuntimeError("llama_model_quantize failed")
+
     def context(self, n_rows, n_max):
         """Return a context with an empty key/value cache of n_max positions per row."""
         if (n_rows, n_max) not in self.contexts:
@@ -259,7 +297,6 @@ class LlamaCpp(Stepwise):
         options.n_threads = options.n_threads_batch = N_THREADS
         options.n_ctx, options.n_seq_max = n_rows * n_max, n_rows
         options.n_batch = n_rows * n_max
-        options.type_k = options.type_v = self.api.GGML_TYPE_F32
         return self.api.llama_init_from_model(self.model, options)
 
     def steps(self, rows, n_tokens):
@@ -283,6 +320,16 @@ class LlamaCpp(Stepwise):
         logits = [self.api.llama_get_logits_ith(context, i) for i in range(len(places)) if batch.logits[i]]
         self.api.llama_batch_free(batch)
         return [int(np.ctypeslib.as_array(row, (self.n_vocab,)).argmax()) for row in logits]
+
+
+class LlamaCppQ8(LlamaCpp):
+    name, file_type = "llama.cpp, Q8_0", "Q8_0"
+
+
+class LlamaCppQ4(LlamaCpp):
+    """The embedding, which is also the output layer, has 6 bits, as llama-quantize chooses."""
+
+    name, file_type = "llama.cpp, Q4_0", "Q4_0"
 
 
 def gguf_tensors(wte, wpe, blocks, ln_f):
@@ -351,12 +398,16 @@ def started(engine):
     return engine()
 
 
-def engines():
-    """Return ours and every peer that can be imported; a line on standard error says how to install the others."""
-    found = [Apart(Ours)]
-    for peer in (Transformers, CompiledTransformers, OnnxRuntime, CTranslate2, LlamaCpp):
+FLOAT32 = (Compiled, Numpy, Transformers, CompiledTransformers, OnnxRuntime, CTranslate2, LlamaCpp)
+QUANTIZED = (Int8, Int4, LlamaCppQ8, LlamaCppQ4, CTranslate2Int8, Compiled)
+
+
+def engines(group=FLOAT32):
+    """Return those that can be imported; a line on standard error says how to install the others."""
+    found = []
+    for engine in group:
         try:
-            found.append(Apart(peer))
-        except ImportError as error:
-            print(f"without {peer.name} ({error}): pip install {peer.packages}", file=sys.stderr)
+            found.append(Apart(engine))
+        except (ImportError, UserError) as error:
+            print(f"without {engine.name} ({error}): pip install {engine.packages}", file=sys.stderr)
     return found

@@ -1,14 +1,15 @@
 """This program and other engines in turns, with the same weights, ids and 2 threads: python bench/peers.py [ROUNDS]
 
 The others are those of transformers (eager, and with torch.compile), ONNX Runtime, CTranslate2 and llama.cpp that are
-installed (bench/requirements.txt). A speedup is the time of the other engine divided by ours; above 1, ours is faster.
+installed (bench/requirements.txt). The first table is for float32, the second for quantized weights, whose ids differ.
+A speedup is the time of the other engine divided by that of the first of the table; above 1, the first is faster.
 """
 
 import sys
 import time
 
 from common import bandwidth, in_turn, machine, median, random_ids, read_seconds, table
-from inference_engines import engines
+from inference_engines import FLOAT32, QUANTIZED, engines
 
 N_TOKENS = 16
 IDLE = 0.3  # seconds to wait before each turn: the threads of an engine spin for a while
@@ -25,7 +26,7 @@ def measure(engine, context, n_tokens):
 
 
 def rows(context, found, rounds):
-    """The table's rows for a context, one per engine, ours first."""
+    """The table's rows for a context, one per engine."""
     results, speeds = {engine: [] for engine in found}, []
     for engine in found:
         engine.call(measure, context, N_TOKENS)  # untimed: an engine may compile code for this shape
@@ -49,12 +50,13 @@ def columns(ours, theirs, speed):
 
 def main():
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 7
-    found = engines()
-    versions = ", ".join(f"{engine.name} {engine.version}" for engine in found[1:])
-    print(f"{machine()}; {versions}; 2 threads, medians of {rounds} rounds in turns")
+    print(f"{machine()}; 2 threads, medians of {rounds} rounds in turns")
     times = ["ms to first token", "speedup", "ms per token", "speedup"]
     head = ["context", "engine", *times, "read GB/s", "same ids"]
-    table(head, [row for context in (32, 512, 900, 1000) for row in rows(context, found, rounds)])
+    for group in (FLOAT32, QUANTIZED):
+        found = engines(group)
+        print(", ".join(f"{engine.name} {engine.version}" for engine in found))
+        table(head, [row for context in (32, 512, 900, 1000) for row in rows(context, found, rounds)])
 
 
 if __name__ == "__main__":

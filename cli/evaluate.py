@@ -4,12 +4,15 @@ import math
 
 import numpy as np
 
+import gpt2
+from cli.engine import add_engine_options, check_engine_options, model_and_params, pays_off, set_threads
 from cli.options import Parser, exit_code, n_cores, parse_positive, parse_up_to
 from evaluate import total_loss
 from training.dataset import read_dataset, split_text
 from training.options import MAX_THREADS
 from utils import load_encoder_hparams_and_params
 from weights.errors import UserError
+from weights.names import count_params
 
 
 def make_parser():
@@ -38,11 +41,13 @@ def make_parser():
         metavar="N",
         help="threads (default: number of cores)",
     )
+    add_engine_options(add)
     return parser
 
 
 def evaluate(options):
     """Print the loss, the perplexity, and the loss per character and per byte."""
+    check_engine_options(options)
     text = read_dataset(options.dataset, options.data_dir)
     if options.split != "all":
         text = split_text(text)[options.split]
@@ -59,16 +64,23 @@ def evaluate(options):
     n_scored = len(ids) - 1
     if n_scored < 1:
         raise UserError(f"{options.dataset} has {len(ids)} tokens; at least 2 are needed, as the first is not scored")
-    loss = total_loss(ids, params, hparams["n_head"], context, stride, options.threads) / n_scored
+    worth_it = pays_off(count_params(**hparams), n_scored * context / stride)
+    model, params = model_and_params(options, params, worth_it)
+    if model is gpt2:
+        model = None
+    else:
+        set_threads(options.threads)
+    loss = total_loss(ids, params, hparams["n_head"], context, stride, options.threads, model) / n_scored
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss}")
     scored = encoder.decode(ids[1:])
     nats_per_char = n_scored * loss / len(scored)
     bits_per_byte = n_scored * loss / len(scored.encode("utf-8")) / math.log(2)
+    lossy = "" if options.dtype == "float32" else f", weights {options.dtype} (lossy)"
     perplexity = np.exp(loss)  # infinite where math.exp would raise OverflowError
     print(
         f"{options.model_size} on {options.dataset} ({options.split}): {len(ids)} tokens, {len(text)} characters\n"
-        f"context {context}, stride {stride}\n"
+        f"context {context}, stride {stride}{lossy}\n"
         f"loss        {loss:.4f} nats per token\n"
         f"perplexity  {perplexity:.4f} per token\n"
         f"            {nats_per_char:.4f} nats per character\n"

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from cli.engine import add_engine_options, check_engine_options
 from cli.options import Parser, exit_code, parse_count, parse_positive, parse_probability, parse_rate
 from cli.session import Session
 from encoder import END_OF_TEXT
@@ -53,6 +54,7 @@ def add_general_options(parser):
         help="print each token when it is generated (default: if the output is a terminal and --n_samples is 1)",
     )
     add("--interactive", action="store_true", help="read and continue one prompt per line until Ctrl-D")
+    add_engine_options(add)
     add(
         "--explain",
         type=parse_page,
@@ -107,9 +109,10 @@ def add_speculative_options(group):
     add = group.add_argument
     add(
         "--speculate",
-        choices=("off", "lookup"),
+        choices=("off", "lookup", "self"),
         default="off",
-        help="lookup drafts the tokens that followed the same words earlier in the text (default: off)",
+        help="lookup drafts the tokens that followed the same words earlier in the text; self also those that the "
+        "model chooses with quantized weights, and needs numba (default: off)",
     )
     add("--draft_model", metavar="NAME", help="draft with a smaller model, which has the same vocabulary")
 
@@ -132,8 +135,10 @@ def dispatch(options):
         from cli.prompts_file import run_prompts_file
 
         check_prompts_file_options(options)
+        check_engine_options(options, options.speculate)
         run_prompts_file(options)
     else:
+        check_engine_options(options, options.speculate)
         Session(options).run()
 
 
@@ -156,8 +161,8 @@ def check_options(options):
         raise UserError("give one of a prompt, --prompts_file and --interactive, not several")
     if options.output is not None and options.prompts_file is None:
         raise UserError("--output needs --prompts_file; to save one continuation, redirect: > FILE")
-    if options.draft_model is not None and options.speculate == "lookup":
-        raise UserError("--draft_model and --speculate lookup both draft tokens; leave one out")
+    if options.draft_model is not None and options.speculate != "off":
+        raise UserError(f"--draft_model and --speculate {options.speculate} both draft tokens; leave one out")
     if options.temperature == 0 and (options.top_k or options.top_p < 1 or options.seed is not None):
         print(
             "note: at temperature 0 nothing is sampled, so --top_k, --top_p and --seed have no effect; "
@@ -172,7 +177,6 @@ def check_prompts_file_options(options):
     """Raise UserError for options that cannot be combined with --prompts_file."""
     if options.stream is not None:
         raise UserError("--prompts_file prints each continuation when it is complete; leave --stream out")
-    drafts = "--speculate lookup" if options.speculate == "lookup" else None
-    drafts = drafts if options.draft_model is None else "--draft_model"
-    if drafts:
+    if options.draft_model is not None or options.speculate != "off":
+        drafts = f"--speculate {options.speculate}" if options.draft_model is None else "--draft_model"
         raise UserError(f"{drafts} works on one prompt at a time; leave it out, or leave out --prompts_file")

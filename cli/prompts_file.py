@@ -91,7 +91,10 @@ def write_continuations(options, todo, output):
 
 def generated(generator, requests, n_missing):
     """Yield (text, ids, stop reason) of each continuation, in order. n_missing: continuations per request, by key."""
-    results = generator.generate_batch(requests, sum(n_missing[number] for number, _, _ in requests))
+    n_continuations = sum(n_missing[number] for number, _, _ in requests)
+    n_rows = max(1, min(n_continuations, generator.options.batch_size))
+    generator.start(sum(len(ids) for _, ids, _ in requests), n_continuations, n_rows)
+    results = generator.generate_batch(requests, n_continuations)
     keys = ((number, i) for number, _, _ in requests for i in range(1, n_missing[number] + 1))
     for ids, stop_reason in in_order(((key, value) for key, *value in results), keys):
         yield generator.encoder.decode(ids), ids, stop_reason

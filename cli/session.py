@@ -11,6 +11,7 @@ import sys
 import time
 
 import gpt2
+from cli.engine import model_and_params, pays_off
 from encoder import END_OF_TEXT
 from engines.batching import generate_batch, in_order
 from engines.instance import recording
@@ -22,24 +23,32 @@ from weights.names import count_params
 from weights.resources import check_memory, format_bytes
 
 MAX_PROMPT = 10**7  # bytes; more than any context holds
+N_ANSWERS = 10  # of an interactive session, for the choice of the engine
 
 
 class Generator:
-    """A loaded model and the options of generation."""
+    """A loaded model and the options of generation. start() is called before anything is generated."""
 
     def __init__(self, options):
         self.options = options
         self.encoder, self.hparams, self.params = load_encoder_hparams_and_params(
             options.model_size, options.models_dir
         )
-        self.model, self.n_head = gpt2, self.hparams["n_head"]
+        self.n_head, self.speculation = self.hparams["n_head"], None
+        self.drafts = options.draft_model is not None or options.speculate != "off"
         self.stop_id = self.encoder.encoder.get(END_OF_TEXT) if options.stop_at_end_of_text else None
         if options.stop_at_end_of_text and self.stop_id is None:
             raise UserError(
                 f"the vocabulary of {options.model_size} has no {END_OF_TEXT}; leave out --stop_at_end_of_text"
             )
-        drafts = options.draft_model is not None or options.speculate == "lookup"
-        self.speculation = self.make_speculation() if drafts else None
+
+    def start(self, n_prompt_tokens, n_continuations, n_rows=1):
+        """Choose the engine for this work (see cli.engine.pays_off) and prepare speculative decoding."""
+        n_passes = n_continuations * self.options.n_tokens_to_generate / n_rows
+        worth_it = pays_off(count_params(**self.hparams), n_prompt_tokens, n_passes, n_rows)
+        self.model, self.params = model_and_params(self.options, self.params, worth_it)
+        if self.drafts:
+            self.speculation = self.make_speculation()
 
     def prompt_ids(self, prompt):
         """Return the token ids of a prompt, with an empty one replaced by the start of unconditional generation.
@@ -68,7 +77,6 @@ class Generator:
 
         Raises UserError if the batch does not fit into memory.
         """
-        self.use_small_batch_model()
         n, batch_size = self.options.n_tokens_to_generate, self.options.batch_size
         longest = max((len(ids) for _, ids, _ in requests), default=0)
         self.check_batch(min(batch_size, n_continuations), longest + n)
@@ -80,26 +88,19 @@ class Generator:
         per_row = hparams["n_layer"] * 2 * hparams["n_embd"] * n_positions + hparams["n_vocab"]
         check_memory(f"a batch of {n_rows} continuations", 4 * n_rows * per_row, "set a smaller --batch_size")
 
-    def use_small_batch_model(self):
-        """Copy the parameters into the layout that is fast for a few tokens per pass; free the loaded ones."""
-        from engines.parallel import small_batch_model
-
-        if self.model is gpt2:
-            self.model, self.params = small_batch_model(self.params, self.n_head)
-
     def make_speculation(self):
         """Return the speculative decoder selected by --speculate or --draft_model."""
-        from engines.speculative import Lookup, Speculation
+        from engines.speculative import Speculation, self_drafter
 
-        started = time.perf_counter()
-        self.use_small_batch_model()
-        make_drafter = Lookup if self.options.draft_model is None else self.load_draft_model()
-        self.copying = time.perf_counter() - started  # seconds, until a report has counted them
-        return Speculation(self.params, self.n_head, make_drafter, self.model)
+        options = {}
+        if self.options.draft_model is not None:
+            options["make_drafters"] = self.load_draft_model()
+        elif self.options.speculate == "self":
+            options["make_drafters"] = self_drafter(self.model, self.params, self.n_head)
+        return Speculation(self.params, self.n_head, model=self.model, **options)
 
     def load_draft_model(self):
-        """Load --draft_model; return a function that makes a Draft from it."""
-        from engines.parallel import small_batch_model
+        """Load --draft_model; return a function that makes the list of its Draft."""
         from engines.speculative import Draft
 
         name, model_size = self.options.draft_model, self.options.model_size
@@ -110,8 +111,8 @@ class Generator:
                 f"({self.hparams['n_vocab']} tokens); choose a draft model with the same vocabulary"
             )
         cost = count_params(**hparams) / count_params(**self.hparams)
-        model, params = small_batch_model(params, hparams["n_head"])
-        return lambda: Draft(params, hparams["n_head"], cost, model)
+        model, params = model_and_params(self.options, params, worth_it=self.model is not gpt2)
+        return lambda cache, sample: [Draft(params, hparams["n_head"], cost, model)]
 
 
 def check_prompt_fits(n_prompt, n_new, n_ctx):
@@ -134,12 +135,23 @@ class Session:
         self.stream = sys.stdout.isatty() and options.n_samples == 1 if options.stream is None else options.stream
         self.prompt = None if options.interactive else read_prompt(options)
         self.generator = Generator(options)
+        self.one_by_one = options.n_samples == 1 or self.stream or self.generator.drafts
 
     def run(self):
         if self.options.interactive:
+            self.start(n_prompt_tokens=0, n_answers=N_ANSWERS)
             self.interact()
         else:
             self.answer(self.prompt)
+
+    def start(self, n_prompt_tokens, n_answers=1):
+        """Start the generator for so many answers, to prompts of n_prompt_tokens each."""
+        n_samples = self.options.n_samples
+        if self.one_by_one:
+            self.generator.start(n_answers * n_samples * n_prompt_tokens, n_answers * n_samples)
+        else:
+            n_rows = min(n_samples, self.options.batch_size)
+            self.generator.start(n_answers * n_prompt_tokens, n_answers * n_samples, n_rows)
 
     def interact(self):
         """Answer one line after another until Ctrl-D. Ctrl-C ends the answer or, while reading a line, the program."""
@@ -159,26 +171,21 @@ class Session:
         """Print the continuations of a prompt, and what speculative decoding did."""
         if prompt.endswith(" "):
             print("note: the prompt ends with a space; remove it: GPT-2's tokens begin with one", file=sys.stderr)
-        ids, speculation = self.generator.prompt_ids(prompt), self.generator.speculation
-        if speculation:
+        ids, started = self.generator.prompt_ids(prompt), time.perf_counter()
+        if not self.options.interactive:
+            self.start(len(ids))
+        if speculation := self.generator.speculation:
             speculation.reset_counts()
-        started = time.perf_counter()
         self.show_samples(ids)
         if speculation:
-            self.report(time.perf_counter() - started)
-
-    def report(self, seconds):
-        """Print what speculative decoding did; its first report counts the time in which the weights were copied."""
-        copying, self.generator.copying = self.generator.copying, 0
-        including = f", including {copying:.2f} s to copy the weights" if copying else ""
-        print(f"note: {self.generator.speculation.report(seconds + copying)}{including}", file=sys.stderr)
+            print(f"note: {speculation.report(time.perf_counter() - started)}", file=sys.stderr)
 
     def show_samples(self, ids):
         """Print n_samples continuations of a prompt; unless they are streamed or drafted, generate them in a batch."""
         n_samples = self.options.n_samples
         if n_samples == 1:
             self.show(self.generator.generate_tokens(ids, 1))
-        elif self.stream or self.generator.speculation:
+        elif self.one_by_one:
             for i in range(1, n_samples + 1):
                 print(f"=== sample {i} ===", flush=True)
                 self.show(self.generator.generate_tokens(ids, i))

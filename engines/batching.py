@@ -3,8 +3,8 @@
 A pass reads every weight once, so a pass over several rows costs little more than one over a single row. A row that is
 complete leaves the batch and the next prompt takes its place in the next pass (Yu et al. 2022, "Orca", section 3.2).
 Each row has its own cache, position and sampler, and attention runs row by row over that row's positions: there is no
-padding, and a row's result does not depend on the other rows, except for rounding. With AVX-512, rounding depends on
-them only from 128 rows up (columns.py).
+padding, and a row's result does not depend on the other rows: up to rounding with gpt2.py's functions, bit for bit with
+the compiled ones (compiled.py).
 """
 
 import copy
@@ -68,7 +68,8 @@ def start_rows(requests, params, n_head, n_tokens_to_generate, stop_id, model):
 
 def advance_rows(rows, params, n_head, model):
     """Append a token to each row, in one forward pass."""
-    caches = [RowCaches(layer) for layer in zip(*(row.cache for row in rows), strict=True)]
+    row_caches = getattr(model, "RowCaches", RowCaches)  # a compiled model has its own
+    caches = [row_caches(layer) for layer in zip(*(row.cache for row in rows), strict=True)]
     newest = [row.ids[-1:] for row in rows]  # -> [batch, 1]
     logits = model.gpt2(newest, **params, n_head=n_head, cache=caches)  # -> [batch, 1, n_vocab]
     for row, row_logits in zip(rows, logits[:, -1], strict=True):
@@ -80,7 +81,7 @@ def generate_batch(requests, params, n_head, n_tokens_to_generate, batch_size=8,
 
     requests: an iterable of (key, token ids of a prompt, iterable of samplers), one continuation per sampler, numbered
     i from 1. Both iterables are read when a row is free, so memory is bounded by batch_size rows.
-    model: the module gpt2, or the one that small_batch_model (parallel.py) returns with its params.
+    model: the module gpt2, or the one that compiled_model (compiled.py) returns with its params.
     The stop reason is "length" or "end_of_text".
     Raises ValueError if a prompt is empty or does not fit into the model's context, or batch_size is less than 1.
     """

@@ -10,26 +10,30 @@ from engines.instance import new_instance
 from weights.errors import UserError
 from weights.resources import check_memory
 
+BYTES = {"float32": 4, "int8": 1, "int4": 5 / 8}  # of a weight with its share of the scales
+
 
 def is_installed():
     """Return whether numba is installed, without importing it."""
     return importlib.util.find_spec("numba") is not None
 
 
-def compiled_model(params):
+def compiled_model(params, dtype="float32"):
     """Return (model, params): an instance of gpt2 with compiled functions, and the parameters in their layout.
 
-    The weights of the blocks are copied, wte is not. Raises UserError if numba is missing or memory is short.
+    dtype: that of the weights, "float32", "int8" or "int4"; the latter two are lossy (quantized.py). The weights of the
+    blocks are copied; wte is only quantized. Raises UserError if numba is missing or memory is short.
     """
     weights = [layer["w"] for block in params["blocks"] for part in ("attn", "mlp") for layer in block[part].values()]
-    check_memory("a transposed copy of the weights", sum(w.nbytes for w in weights), "set --engine numpy")
+    n_weights = sum(w.size for w in weights) + (0 if dtype == "float32" else params["wte"].size)
+    check_memory(f"a copy of the weights in {dtype}", int(n_weights * BYTES[dtype]), "set --engine numpy")
     try:
-        from engines import attention, kernels
+        from engines import attention, kernels, quantized
     except ImportError as error:
         raise UserError(
             f"the compiled engine needs numba ({error}); pip install numba, or set --engine numpy"
         ) from None
     model = new_instance()
-    model.linear, model.layer_norm, model.gelu = kernels.linear, kernels.layer_norm, kernels.gelu
+    model.linear, model.layer_norm, model.gelu = quantized.linear, kernels.layer_norm, kernels.gelu
     model.attention, model.KVCache = attention.attention, attention.KVCache
-    return model, kernels.in_layout(params)
+    return model, kernels.in_layout(params) if dtype == "float32" else quantized.quantize(params, dtype)

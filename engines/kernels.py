@@ -229,13 +229,33 @@ def transpose(w, y):  # [n_in, n_out] -> y: [n_out, n_in]
 
 def in_layout(params):
     """Return the parameters for these functions: the weights of the blocks in Fortran order, all arrays read-only."""
-    if isinstance(params, dict):
-        return {name: transposed(value) if name == "w" else in_layout(value) for name, value in params.items()}
-    return [in_layout(value) for value in params] if isinstance(params, list) else read_only(params)
+    layers = [layer for block in params["blocks"] for part in ("attn", "mlp") for layer in block[part].values()]
+    room = huge_pages(sum(layer["w"].size for layer in layers))
+    end = 0
+
+    def laid_out(value):
+        if isinstance(value, dict):
+            return {name: copied(a) if name == "w" else laid_out(a) for name, a in value.items()}
+        return [laid_out(a) for a in value] if isinstance(value, list) else read_only(value)
+
+    def copied(w):
+        nonlocal end
+        end += w.size
+        return transposed(w, room[end - w.size : end])
+
+    return laid_out(params)
 
 
-def transposed(w):  # [n_in, n_out] -> [n_in, n_out]
-    """Return a copy of w in Fortran order."""
-    copy = np.empty(w.shape[::-1], np.float32)
+def huge_pages(n):
+    """Return an array of n float32 elements, aligned to a huge page, for which Linux uses huge pages where it can."""
+    page = 2**21
+    room = np.empty(4 * n + page, np.uint8)
+    start = -room.ctypes.data % page
+    return room[start : start + 4 * n].view(np.float32)
+
+
+def transposed(w, room=None):  # [n_in, n_out] -> [n_in, n_out]
+    """Return a copy of w in Fortran order, in the array room if there is one."""
+    copy = (np.empty(w.size, np.float32) if room is None else room).reshape(w.shape[::-1])
     transpose(read_only(w), copy)
     return read_only(copy).T

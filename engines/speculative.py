@@ -1,8 +1,8 @@
 """Speculative decoding: draft several tokens cheaply, then check all of them in one forward pass of the model.
 
-(Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding".) The draft tokens come from a
-smaller model, or are the tokens that followed the same words earlier in the text (Saxena 2023, "Prompt Lookup
-Decoding").
+(Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding".) The draft tokens come from the
+model itself with quantized weights, from a smaller model, or are the tokens that followed the same words earlier in the
+text (Saxena 2023, "Prompt Lookup Decoding").
 
 Draft tokens change the number of tokens per pass, never the tokens. The sampler chooses every token from the model's
 logits, as it does without drafting; a draft token is accepted if it is the token that the sampler chose, and only then
@@ -10,18 +10,20 @@ are the logits after it used. For sampling this is the paper's rejection samplin
 is certain here (q = 1): accepting x with probability p(x), and sampling from p without x otherwise, is the same as
 sampling from p and comparing with x. A seed therefore gives the same tokens with and without drafting.
 
-The logits of a pass over several tokens differ from those of single-token passes by rounding, about 1e-5. If the two
-largest logits are closer than that, the other token may be chosen.
+The compiled engine computes the same bits in a pass over several tokens as in single-token passes. gpt2's logits differ
+by rounding, about 1e-5: if the two largest logits are closer than that, the other token may be chosen.
 """
+
+import copy
+import functools
 
 import numpy as np
 
 import gpt2
-from engines.columns import LEAST_ROWS
 
-MAX_DRAFT = 15  # with the token before them 16 rows, which columns.py multiplies at once
+MAX_DRAFT = 15  # with the token before them 16 rows of the products
 MAX_MATCH = 4  # tokens of the end of the text that Lookup searches for
-DECAY = 0.9  # factor by which the counts of the acceptance rate shrink per pass
+DECAY, IDLE_DECAY = 0.9, 0.97  # factors by which the counts of the acceptance rate shrink per pass with and without draft
 
 
 class Lookup:
@@ -29,16 +31,17 @@ class Lookup:
 
     cost = 0  # of a draft token, in single-token passes of the model
 
-    def __init__(self):
+    def __init__(self, min_match=1):
+        self.min_match = min_match  # tokens of the end of the text that must have occurred before
         self.places, self.n_read = {}, 0  # for each n-gram the position after its latest occurrence
 
     def draft(self, text, n):
         """Return up to n draft tokens to follow text, token ids that extend those of the previous call."""
         for place in range(self.n_read, len(text)):
-            for length in range(1, min(MAX_MATCH, place) + 1):
+            for length in range(self.min_match, min(MAX_MATCH, place) + 1):
                 self.places[tuple(text[place - length : place])] = place
         self.n_read = len(text)
-        lengths = range(min(MAX_MATCH, len(text)), 0, -1)
+        lengths = range(min(MAX_MATCH, len(text)), self.min_match - 1, -1)
         place = next(filter(None, (self.places.get(tuple(text[-length:])) for length in lengths)), None)
         if place is None:
             return []
@@ -51,8 +54,8 @@ class Lookup:
 class Draft:
     """Drafts the tokens that a smaller model chooses greedily; has a cache of its own.
 
-    model: gpt2, or small_batch_model's with its params. Beside a small_batch_model the latter is faster: the threads
-    of BLAS keep spinning for a tenth of a second after a product and would slow the worker processes down.
+    model: gpt2, or a compiled_model with its params. Beside a compiled model the latter is faster: the threads of BLAS
+    keep spinning for a tenth of a second after a product.
     """
 
     def __init__(self, params, n_head, cost, model=gpt2):
@@ -77,9 +80,44 @@ class Draft:
         return self.model.prefill(text[n_past:], self.params, self.n_head, self.cache)
 
 
-def small_batch_cost(n_tokens):
-    """Time of a pass of small_batch_model over n tokens, in single-token passes of gpt2 (bench/batching.py)."""
-    return 1 + 0.03 * max(n_tokens, LEAST_ROWS)
+class SelfDraft:
+    """Drafts the tokens that the model itself chooses with quantized weights and the same random numbers.
+
+    cache, sample: the model's cache and sampler. A draft continues the cache; the model then computes the keys and
+    values of the draft tokens again. A copy of the sampler leaves the state of its random numbers as it is; of a sampler
+    that make_sampler did not make, which may have a state that copying misses, the draft is greedy.
+    """
+
+    cost = 0.4  # 0.3 while the memory is slow (bench/quantized.py)
+
+    def __init__(self, params, n_head, model, cache, sample):
+        self.params, self.n_head, self.model, self.cache, self.sample = params, n_head, model, cache, sample
+
+    def draft(self, text, n):
+        """Return n draft tokens to follow text, of which all but the last token are in the cache."""
+        drafted, sample = [], copy.deepcopy(self.sample) if isinstance(self.sample, functools.partial) else np.argmax
+        for _ in range(n):
+            logits = self.model.prefill([*text[-1:], *drafted][-1:], self.params, self.n_head, self.cache)
+            drafted.append(gpt2.choose(logits, sample))
+        for layer in self.cache:
+            layer.n_past -= n
+        return drafted
+
+
+def self_drafter(model, params, n_head):
+    """Return make_drafters of Speculation for a compiled model that drafts for itself, unless the text repeats itself."""
+    from engines.quantized import quantize
+
+    draft_params = quantize(params, "int8")
+    return lambda cache, sample: [Lookup(MAX_MATCH), SelfDraft(draft_params, n_head, model, cache, sample)]
+
+
+def compiled_cost(n_tokens):
+    """Time of a pass of a compiled model over n tokens, in single-token passes, while the memory is fast.
+
+    The products take four tokens at a time (bench/quantized.py).
+    """
+    return max(1.1, 0.3 + 0.45 * -(-n_tokens // 4)) if n_tokens > 1 else 1
 
 
 def plain_cost(n_tokens):
@@ -90,7 +128,7 @@ def plain_cost(n_tokens):
 class AcceptanceRate:
     """A running estimate of the acceptance rate, and the number of draft tokens that is fastest at this rate.
 
-    draft_cost: of a draft token, pass_cost: of a pass over n tokens, both in single-token passes of gpt2.
+    draft_cost: of a draft token, pass_cost: of a pass over n tokens, both in single-token passes of the model.
     """
 
     def __init__(self, draft_cost, pass_cost):
@@ -104,29 +142,43 @@ class AcceptanceRate:
 
     def update(self, n_accepted, n_draft):
         """Count a pass with n_draft tokens; those after the first rejected one were not checked."""
-        self.accepted = DECAY * self.accepted + n_accepted
-        self.checked = DECAY * self.checked + min(n_accepted + 1, n_draft)
+        decay = DECAY if n_draft else IDLE_DECAY
+        self.accepted = decay * self.accepted + n_accepted
+        self.checked = decay * self.checked + min(n_accepted + 1, n_draft)
 
     def speed(self, n):
         """Return the expected tokens per unit of time with n draft tokens per pass (Leviathan et al., theorem 3.8)."""
-        return sum(self.rate**i for i in range(n + 1)) / (self.pass_cost(n + 1) + n * self.draft_cost)
+        n_tokens = (1 - self.rate ** (n + 1)) / (1 - self.rate)  # 1 + rate + rate**2 + ... + rate**n
+        return n_tokens / (self.pass_cost(n + 1) + n * self.draft_cost)
 
     def best_n_draft(self):
         return max(range(MAX_DRAFT + 1), key=self.speed)
 
 
+def next_draft(drafters, text, n_max):
+    """Return (up to n_max draft tokens, the AcceptanceRate of their drafter), from the fastest that has any.
+
+    drafters: list of (drafter, its AcceptanceRate).
+    """
+    plans = [(acceptance.best_n_draft(), drafter, acceptance) for drafter, acceptance in drafters]
+    for n, drafter, acceptance in sorted(plans, key=lambda plan: -plan[2].speed(plan[0])):
+        if draft := drafter.draft(text, max(0, min(n, n_max))):
+            return draft, acceptance
+    return [], None
+
+
 class Speculation:
     """Generates like gpt2.generate_tokens, with draft tokens.
 
-    make_drafter: makes the object that drafts for one text: Lookup, or a function that returns a Draft.
-    model: the module gpt2, or small_batch_model's (parallel.py) with the params that belong to it.
+    make_drafters: function from the cache and the sampler of a text to the list of objects that may draft for it.
+    model: the module gpt2, or a compiled_model with the params that belong to it.
 
     Counts: n_passes, n_tokens (generated), n_draft (draft tokens), n_accepted.
     """
 
-    def __init__(self, params, n_head, make_drafter=Lookup, model=gpt2):
-        self.params, self.n_head, self.make_drafter, self.model = params, n_head, make_drafter, model
-        self.pass_cost = plain_cost if model is gpt2 else small_batch_cost
+    def __init__(self, params, n_head, make_drafters=lambda cache, sample: [Lookup()], model=gpt2):
+        self.params, self.n_head, self.make_drafters, self.model = params, n_head, make_drafters, model
+        self.pass_cost = plain_cost if model is gpt2 else compiled_cost
         self.reset_counts()
 
     def reset_counts(self):
@@ -145,9 +197,8 @@ class Speculation:
         gpt2.check_context(len(inputs), n_tokens_to_generate, self.params["wpe"].shape[0])
         text, end = list(inputs), len(inputs) + n_tokens_to_generate
         cache = [self.model.KVCache(end) for _ in self.params["blocks"]]
-        drafter = self.make_drafter()
-        acceptance = AcceptanceRate(drafter.cost, self.pass_cost)
-        new_ids, draft = text[:], []  # tokens that are not in the cache yet, and those that may follow them
+        drafters = [(a, AcceptanceRate(a.cost, self.pass_cost)) for a in self.make_drafters(cache, sample)]
+        new_ids, draft, used = text[:], [], None  # tokens that are not in the cache yet, and those that may follow them
         while len(text) < end:
             n_accepted = 0
             for logits in self.logits_after(new_ids, draft, cache):
@@ -163,9 +214,10 @@ class Speculation:
                 self.n_accepted += 1
             for layer in cache:
                 layer.n_past = len(text) - 1  # removes the rejected tokens
-            acceptance.update(n_accepted, len(draft))
+            for _, acceptance in drafters:
+                acceptance.update(*((n_accepted, len(draft)) if acceptance is used else (0, 0)))
             new_ids = text[-1:]
-            draft = drafter.draft(text, max(0, min(acceptance.best_n_draft(), end - len(text) - 1)))
+            draft, used = next_draft(drafters, text, end - len(text) - 1)
 
     def logits_after(self, new_ids, draft, cache):  # [n_new], [n_draft] -> [n_draft+1, n_vocab]
         """Return the logits after new_ids and after each draft token, in one pass unless new_ids is a long prompt."""

@@ -16,17 +16,18 @@ FLOAT, INT = ir.FloatType(), ir.IntType(32)
 FLOATS, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
 
 
-def kernel(parallel=False):
+def kernel(signature=None, parallel=False):
     """Return a decorator that compiles a function when it is first called, and keeps the result on disk if possible.
 
+    With a signature it is compiled at once, and for these types only.
     numba looks for a folder that it can write to: NUMBA_CACHE_DIR, __pycache__, or the user's cache folder.
     """
 
     def decorate(function):
         try:
-            return njit(function, parallel=parallel, nogil=True, cache=True)
+            return njit(signature, parallel=parallel, nogil=True, cache=True)(function)
         except RuntimeError:
-            return njit(function, parallel=parallel, nogil=True)
+            return njit(signature, parallel=parallel, nogil=True)(function)
 
     return decorate
 

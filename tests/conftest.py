@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import gpt2
-from engines import parallel
+from engines import compiled
 from tests.random_model import (
     DATA,  # noqa: F401
     copy_vocabulary,
@@ -26,8 +26,8 @@ from weights.errors import UserError
 from weights.names import flatten
 
 ROOT = pathlib.Path(__file__).parent.parent
-# all dimensions differ; n_embd is not a multiple of 16, so that some tensors do not fill cache lines
-TINY = {"n_vocab": 400, "n_ctx": 128, "n_embd": 36, "n_head": 3, "n_layer": 2}
+# all dimensions differ; heads of 16, so that the compiled kernels run
+TINY = {"n_vocab": 400, "n_ctx": 128, "n_embd": 48, "n_head": 3, "n_layer": 2}
 N_HEAD = TINY["n_head"]
 PROMPTS = [
     "Alan Turing theorized that computers would one day become",
@@ -107,10 +107,19 @@ def params(tiny):
     return tiny[2]
 
 
-@pytest.fixture(scope="session", params=["gpt2", "small batch"])
-def model_and_params(request, params):
-    """The module gpt2, and the model of engines.parallel in one process, with their params."""
-    return (gpt2, params) if request.param == "gpt2" else parallel.shared(params, N_HEAD, 1)
+@pytest.fixture(scope="session", params=["numpy", "compiled"])
+def engine(request):
+    """A function from params to (model, params in its layout), for each engine."""
+    if request.param == "numpy":
+        return lambda params: (gpt2, params)
+    pytest.importorskip("numba")
+    return compiled.compiled_model
+
+
+@pytest.fixture(scope="session")
+def model_and_params(engine, params):
+    """The tiny model in each engine."""
+    return engine(params)
 
 
 # transformers

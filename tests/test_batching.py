@@ -14,7 +14,7 @@ import pytest
 
 import gpt2
 from cli import session
-from engines import batching, parallel
+from engines import batching
 from sampling import make_sampler
 from tests.conftest import INPUTS, N_HEAD, N_NEW, PROMPTS, ROOT, TINY, contents
 from tests.programs import SECONDS, assert_mistake, command, started
@@ -37,11 +37,6 @@ def test_each_row_is_what_transformers_generate_alone(model_and_params, expected
     assert sorted(results) == [((i, 1), ids, "length") for i, ids in enumerate(expected)]
 
 
-def test_rows_of_several_processes_are_what_transformers_generate_alone(params, expected):
-    results = generate_batch(parallel.shared(params, N_HEAD, 2), greedy(INPUTS[:4]), 3)
-    assert {i: ids for (i, _), ids, _ in results} == dict(enumerate(expected[:4]))
-
-
 def test_the_samples_of_a_prompt_share_its_prefill_and_are_those_of_a_run_alone(model_and_params, params, monkeypatch):
     model, _ = model_and_params
     inputs, lengths, prefill = INPUTS[:5], [], model.prefill
@@ -56,52 +51,53 @@ def test_the_samples_of_a_prompt_share_its_prefill_and_are_those_of_a_run_alone(
         assert alone[0] != alone[1]
 
 
-def test_other_rows_do_not_change_a_row(params):
-    """More or fewer rows, other rows, another position; bit for bit where test_parallel finds products to be so."""
-    weights, runs = parallel.shared(params, N_HEAD, 1), []
+def test_other_rows_do_not_change_a_row(model_and_params):
+    """More or fewer rows, other rows, another position; bit for bit in the compiled engine."""
+    runs = []
     for others, batch_size in (([], 8), (INPUTS[:3], 8), (INPUTS[3:], 8), (INPUTS, 11)):
         runs.append(seen := [])
         own = ("it", INPUTS[5], [lambda logits, seen=seen: seen.append(logits.copy()) or np.argmax(logits)])
-        list(generate_batch(weights, [*greedy(others), own], batch_size))
+        list(generate_batch(model_and_params, [*greedy(others), own], batch_size))
     for other in runs[1:]:
-        np.testing.assert_allclose(other, runs[0], rtol=0, atol=0 if parallel.has_small_kernels() else 1e-5)
+        np.testing.assert_allclose(other, runs[0], rtol=0, atol=1e-5 if model_and_params[0] is gpt2 else 0)
 
 
-def test_the_next_prompt_takes_the_place_of_a_complete_row_at_once(params, monkeypatch):
+def test_the_next_prompt_takes_the_place_of_a_complete_row_at_once(model_and_params, monkeypatch):
     """With rows of unequal length every pass has batch_size rows while prompts are waiting."""
     sizes, advance_rows, stop, lengths = [], batching.advance_rows, 5, [3, 9, 1, 4, 6, 2, 3]
     monkeypatch.setattr(batching, "advance_rows", lambda rows, *a: sizes.append(len(rows)) or advance_rows(rows, *a))
     scripts = [iter([7] * n + [stop]) for n in lengths]
     requests = [(i, INPUTS[i], [lambda logits, script=script: next(script)]) for i, script in enumerate(scripts)]
-    results = sorted(generate_batch((gpt2, params), requests, 3, n=20, stop_id=stop))
+    results = sorted(generate_batch(model_and_params, requests, 3, n=20, stop_id=stop))
     assert results == [((i, 1), [7] * n, "end_of_text") for i, n in enumerate(lengths)]
     assert max(sizes) == 3
     assert sum(sizes) == sum(lengths)  # a pass for every token but the first, and one for the stop
     assert sizes == sorted(sizes, reverse=True)
 
 
-def test_requests_are_taken_and_memory_is_used_for_batch_size_rows_at_a_time(params, monkeypatch):
-    alive, most, taken, make = weakref.WeakSet(), [], [], gpt2.KVCache
-    monkeypatch.setattr(gpt2, "KVCache", lambda n_max: alive.add(cache := make(n_max)) or cache)
+def test_requests_are_taken_and_memory_is_used_for_batch_size_rows_at_a_time(model_and_params, monkeypatch):
+    model, _ = model_and_params
+    alive, most, taken, make = weakref.WeakSet(), [], [], model.KVCache
+    monkeypatch.setattr(model, "KVCache", lambda n_max: alive.add(cache := make(n_max)) or cache)
     requests = (taken.append(request) or request for request in greedy(INPUTS[:6]))
-    for _ in generate_batch((gpt2, params), requests, 2, n=4):
+    for _ in generate_batch(model_and_params, requests, 2, n=4):
         gc.collect(0)
         most.append((len(taken), len(alive)))
     assert most[0][0] == 2 and len(taken) == 6
     assert max(n_alive for _, n_alive in most) <= 3 * TINY["n_layer"]  # two rows, and the one that was just yielded
 
 
-def test_nothing_to_generate_and_invalid_requests(params):
+def test_nothing_to_generate_and_invalid_requests(model_and_params):
     nothing = [((0, 1), [], "length"), ((1, 1), [], "length")]
-    assert list(generate_batch((gpt2, params), greedy(INPUTS[:2]), 8, n=0)) == nothing
-    assert list(generate_batch((gpt2, params), [], 8)) == []
+    assert list(generate_batch(model_and_params, greedy(INPUTS[:2]), 8, n=0)) == nothing
+    assert list(generate_batch(model_and_params, [], 8)) == []
     for requests, batch_size, message in (
         (greedy([[]]), 8, "at least one token"),
         (greedy([[1] * 120]), 8, "120 tokens .* 24 more .* 144.* 128"),
         (greedy(INPUTS), 0, "at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            list(generate_batch((gpt2, params), requests, batch_size))
+            list(generate_batch(model_and_params, requests, batch_size))
 
 
 def test_in_order_yields_each_value_as_soon_as_possible():

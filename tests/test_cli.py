@@ -19,8 +19,10 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from cli import session
+import engines
+from cli import engine, session
 from encoder import bytes_to_unicode
+from engines.compiled import is_installed
 from tests.conftest import ROOT, TINY
 from tests.programs import SECONDS, assert_mistake, assert_prints, command, run, started
 from tests.random_model import random_tensors, write_byte_vocabulary, write_safetensors
@@ -79,6 +81,8 @@ def letters_flags(letters_dir):
     return ["--model_size", "letters", "--models_dir", str(letters_dir)]
 
 
+needs_numba = pytest.mark.skipif(not is_installed(), reason="needs numba")
+ENGINES = ["numpy", pytest.param("compiled", marks=needs_numba)]
 needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
 
 
@@ -193,6 +197,89 @@ def test_streamed_bytes_are_the_same(inside, tiny_flags):
     assert len(whole[1]) > 200
 
 
+# The engine
+
+GPT2_124M, GPT2_1558M, TINY_GPT = 124_439_808, 1_557_611_200, 2_800_000  # parameters
+
+
+@pytest.mark.parametrize(
+    ("n_params", "n_prompt_tokens", "n_passes", "n_rows", "expected"),
+    [
+        *((GPT2_124M, 32, 1, 1, False), (GPT2_124M, 5, 500, 1, True), (GPT2_124M, 5, 40, 8, True)),
+        *((TINY_GPT, 20, 100, 1, False), (TINY_GPT, 20, 1, 8, False), (GPT2_1558M, 32, 40, 1, True)),
+    ],
+)
+def test_the_compiled_engine_is_chosen_if_it_pays_back_its_start(n_params, n_prompt_tokens, n_passes, n_rows, expected):
+    assert engine.pays_off(n_params, n_prompt_tokens, n_passes, n_rows) == expected
+
+
+@needs_numba
+@pytest.mark.parametrize("choice", ["compiled", "auto"])
+@pytest.mark.parametrize("flags", ["ROMEO:", "ROMEO: --n_samples 3 --temperature 1 --seed 4", "--prompts_file -"])
+def test_the_text_is_the_same_on_both_engines(inside, always_worth_it, flags, choice):
+    flags = [*flags.split(), *SHAKESPEARE, "--n_tokens_to_generate", 30]
+    expected = inside(*flags, "--engine", "numpy", typed=b"To be\nor not\n")
+    assert always_worth_it.call_count == 0
+    assert inside(*flags, "--engine", choice, typed=b"To be\nor not\n") == expected
+    assert always_worth_it.call_count == 1
+
+
+@pytest.fixture
+def always_worth_it(monkeypatch):
+    """Make auto take the compiled engine; return a Mock in the place of compiled_model, which it calls."""
+    monkeypatch.setattr(engine, "START", -1)
+    monkeypatch.setattr(engine, "compiled_model", Mock(wraps=engine.compiled_model))
+    return engine.compiled_model
+
+
+@needs_numba
+@pytest.mark.parametrize("drafts", ["--speculate lookup", "--speculate self", "--draft_model shakespeare"])
+@pytest.mark.parametrize("flags", ["ROMEO:", "--interactive --temperature 0.8 --seed 1"])
+def test_drafts_on_the_compiled_engine_do_not_change_the_text(inside, flags, drafts):
+    flags = [*flags.split(), *SHAKESPEARE, "--n_tokens_to_generate", 40, "--engine"]
+    code, out, err = inside(*flags, "compiled", *drafts.split(), typed=b"To be\n")
+    assert (code, out, b"") == inside(*flags, "numpy", typed=b"To be\n")
+    assert re.fullmatch(r"note: tokens: 40, .*tokens/s\n", err.decode())
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("flags", ["ROMEO:", "ROMEO: --speculate lookup", "--prompts_file -", "--interactive"])
+def test_quantized_weights_are_said_to_be_lossy(inside, dtype, flags):
+    code, out, err = inside(*flags.split(), *SHAKESPEARE, *N_8, "--dtype", dtype, typed=b"ROMEO:")
+    assert code == 0 and len(out) > 8
+    assert err.decode().splitlines()[0] == f"note: --dtype {dtype} is lossy: results differ from those of float32"
+    assert err.count(b"\n") == 1 + ("--speculate" in flags)
+
+
+@pytest.mark.parametrize("problem", ["numba is not installed", "numba cannot be imported", "memory is short"])
+def test_without_numba_or_memory_auto_takes_numpy_and_compiled_says_why(inside, always_worth_it, monkeypatch, problem):
+    expected = inside("ROMEO:", *SHAKESPEARE, *N_8, "--engine", "numpy")
+    if problem == "memory is short":
+        monkeypatch.setattr(resources, "available_memory", lambda: 2**20)
+        words = ["needs about", "1.05 MB are available", "set --engine numpy"]
+    else:
+        monkeypatch.setitem(sys.modules, "numba", None)
+        if problem == "numba is not installed":
+            monkeypatch.setattr("engines.compiled.is_installed", lambda: False)
+        for name in ("attention", "kernels", "quantized", "vectors"):
+            monkeypatch.delitem(sys.modules, f"engines.{name}", raising=False)
+            monkeypatch.delattr(engines, name, raising=False)
+        words = ["numba", "pip install numba", "set --engine numpy"]
+    assert inside("ROMEO:", *SHAKESPEARE, *N_8) == expected
+    for flags in (["--engine", "compiled"], ["--dtype", "int8"], ["--speculate", "self"]):
+        code, out, err = inside("ROMEO:", *SHAKESPEARE, *N_8, *flags)
+        assert_mistake((code, out, err.splitlines(keepends=True)[-1]), *words)
+
+
+def test_numba_is_not_imported_unless_it_pays(tmp_path):
+    """For few tokens numba is not imported; if that fails, the error is one line."""
+    (tmp_path / "numba.py").write_text("raise ImportError('numba needs\\nanother NumPy')", encoding="utf-8")
+    options = {"env": os.environ | {"PYTHONPATH": str(tmp_path)}}
+    assert run("ROMEO:", *SHAKESPEARE, *N_8, **options)[::2] == (0, b"")
+    assert_mistake(run("ROMEO:", *SHAKESPEARE, "--engine", "compiled", **options), "numba needs another NumPy")
+
+
 # Resources
 
 
@@ -244,6 +331,7 @@ def damaged_dir(tmp_path_factory, tiny_models_dir, tiny_tensors):
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("choice", ENGINES)
 @pytest.mark.parametrize("model", ["nan", "infinite"])
 @pytest.mark.parametrize(
     "flags",
@@ -253,9 +341,10 @@ def damaged_dir(tmp_path_factory, tiny_models_dir, tiny_tensors):
         *("--prompts_file - --output out.jsonl", "x --explain", "x --explain out.html"),
     ],
 )
-def test_damaged_weights_give_one_line_and_no_text(inside, damaged_dir, tmp_path, monkeypatch, model, flags):
+def test_damaged_weights_give_one_line_and_no_text(inside, damaged_dir, tmp_path, monkeypatch, choice, model, flags):
     monkeypatch.chdir(tmp_path)
-    code, out, err = inside("--models_dir", damaged_dir, "--model_size", model, *flags.split(), typed=b"x\n")
+    flags = flags.split() if "--explain" in flags else [*flags.split(), "--engine", choice]
+    code, out, err = inside("--models_dir", damaged_dir, "--model_size", model, *flags, typed=b"x\n")
     assert_mistake((code, out.strip(), err), "the logits are not finite: the weights are damaged")
     assert list(tmp_path.iterdir()) == []
 

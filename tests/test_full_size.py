@@ -6,9 +6,8 @@ The weights are random. Takes 2 GB on disk for a minute. Not run by default: pyt
 import numpy as np
 import pytest
 
-import gpt2
 from encoder import get_encoder
-from engines import batching, parallel, speculative
+from engines import batching, speculative
 from tests.conftest import DATA, PROMPTS, need
 from tests.random_model import (
     SIZE_124M,
@@ -61,21 +60,21 @@ def assert_same_continuation(found, theirs, ids, n_tokens=64):
     assert_same_ids(found, new, lambda i: their_logits(theirs, [ids + new[:i]])[0, -1])
 
 
+@pytest.fixture(scope="module")
+def laid_out(ours, engine):
+    """The (model, params) of an engine."""
+    return engine(ours[2])
+
+
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_logits_and_64_greedy_ids(ours, theirs, prompt):
-    encoder, hparams, params = ours
+def test_logits_and_64_greedy_ids(ours, theirs, laid_out, prompt):
+    encoder, hparams, _ = ours
+    model, params = laid_out
     ids = prompt_ids(encoder, prompt)
     expected = their_logits(theirs, [ids])[0]
-    logits = gpt2.gpt2(ids, **params, n_head=hparams["n_head"])
+    logits = model.gpt2(ids, **params, n_head=hparams["n_head"])
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
-    assert_same_continuation(gpt2.generate(ids, params, hparams["n_head"], 64), theirs, ids)
-
-
-@pytest.fixture(scope="module")
-def laid_out(ours):
-    """The (model, params) of small_batch_model, on any processor."""
-    _, hparams, params = ours
-    return parallel.shared(params, hparams["n_head"], 2)
+    assert_same_continuation(model.generate(ids, params, hparams["n_head"], 64), theirs, ids)
 
 
 def test_twelve_prompts_in_batches_of_five(ours, theirs, laid_out):
@@ -93,18 +92,20 @@ def test_speculative_decoding_gives_the_same_tokens(ours, theirs, laid_out):
     for prompt in PROMPTS:
         ids = prompt_ids(encoder, prompt) * 4
         new = their_greedy_ids(theirs, ids, 64)
-        draft = speculative.Draft(params, n_head, 0.5)  # the model itself: all its draft tokens are accepted
-        for make_drafter in (speculative.Lookup, lambda draft=draft: draft):
-            speculation = speculative.Speculation(laid_out_params, n_head, make_drafter, model)
+        draft = speculative.Draft(params, n_head, 0.01)  # the model itself: all its draft tokens are accepted
+        for drafter in (speculative.Lookup(), draft):
+            make_drafters = lambda cache, sample, drafter=drafter: [drafter]  # noqa: E731
+            speculation = speculative.Speculation(laid_out_params, n_head, make_drafters, model)
             found = list(speculation.generate_tokens(ids, 64))
             assert_same_ids(found, new, lambda i, ids=ids, new=new: their_logits(theirs, [ids + new[:i]])[0, -1])
         assert speculation.n_passes < 40
 
 
-def test_a_full_context(ours, theirs):
-    _, hparams, params = ours
+def test_a_full_context(ours, theirs, laid_out):
+    _, hparams, _ = ours
+    model, params = laid_out
     ids = np.random.default_rng(0).integers(0, SIZE_124M["n_vocab"], 1000).tolist()
-    assert_same_continuation(gpt2.generate(ids, params, hparams["n_head"], 24), theirs, ids, 24)
+    assert_same_continuation(model.generate(ids, params, hparams["n_head"], 24), theirs, ids, 24)
 
 
 def test_ten_training_steps_have_the_losses_of_llm_c():

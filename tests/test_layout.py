@@ -2,10 +2,13 @@
 
 import ast
 import graphlib
+import subprocess
+import sys
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.programs import SECONDS
 
 FOLDERS = ("cli", "engines", "explain", "official", "training", "weights")
 PROGRAMS = ("gpt2", "gpt2_pico", "train", "evaluate", "microgpt", "baby_gpt", "official.compare")
@@ -87,3 +90,21 @@ def test_a_module_imports_only_what_it_may(name):
         return
     allowed = ALLOWED.get(name, ALLOWED.get(name.partition(".")[0]))
     assert {found for found in imports(tree) if not is_inside(found, allowed)} == set()
+
+
+IMPORTS = """
+import sys
+import gpt2, utils, sampling, engines.batching, engines.compiled, engines.speculative, cli.generate, cli.evaluate, train
+sys.argv = sys.argv[1:]
+code = cli.generate.run(sys.argv)
+print(code, [name for name in sys.modules if name.partition(".")[0] in ("numba", "llvmlite")], file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("options", ["--engine numpy", "--n_tokens_to_generate 1", "--engine numpy --speculate lookup"])
+def test_numba_is_imported_only_for_the_compiled_engine(options):
+    """auto does without for a short text of a small model."""
+    arguments = ["--model_size", "shakespeare", "--models_dir", ROOT / "models", "--n_tokens_to_generate", "8"]
+    command = [sys.executable, "-c", IMPORTS, *arguments, *options.split(), "--", "ROMEO:"]
+    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=SECONDS)
+    assert done.stderr.splitlines()[-1] == "0 []", done.stderr

@@ -10,9 +10,8 @@ import pathlib
 import numpy as np
 import pytest
 
-import gpt2
 import gpt2_pico
-from engines import batching, parallel
+from engines import batching
 from engines.speculative import Speculation
 from tests.conftest import ROOT
 from tests.test_gpt2 import prompt_ids
@@ -62,29 +61,39 @@ IDS = [  # prompt, ids of the continuation (fastGPT, transformers)
 
 
 @pytest.fixture(scope="module")
-def model():
+def loaded():
     return load_encoder_hparams_and_params("124M", str(MODEL_DIR.parent))
+
+
+@pytest.fixture(scope="module")
+def model(loaded, engine):
+    """(encoder, n_head, model, params) of an engine."""
+    encoder, hparams, params = loaded
+    return encoder, hparams["n_head"], *engine(params)
 
 
 @pytest.mark.parametrize(("prompt", "n_tokens", "expected"), CONTINUATIONS)
 def test_published_text(model, prompt, n_tokens, expected):
-    encoder, hparams, params = model
+    encoder, n_head, model, params = model
     ids = prompt_ids(encoder, prompt)
-    text = encoder.decode(gpt2.generate(ids, params, hparams["n_head"], n_tokens))
+    text = encoder.decode(model.generate(ids, params, n_head, n_tokens))
     assert text[: len(expected)] == expected
 
 
 @pytest.mark.parametrize(("prompt", "expected"), IDS)
 def test_published_ids(model, prompt, expected):
-    encoder, hparams, params = model
-    for module in (gpt2, gpt2_pico) if prompt == TURING else (gpt2,):
-        assert module.generate(encoder.encode(prompt), params, hparams["n_head"], len(expected)) == expected
+    encoder, n_head, model, params = model
+    assert model.generate(encoder.encode(prompt), params, n_head, len(expected)) == expected
+
+
+def test_published_ids_with_pico(loaded):
+    encoder, hparams, params = loaded
+    prompt, expected = IDS[0]
+    assert gpt2_pico.generate(encoder.encode(prompt), params, hparams["n_head"], len(expected)) == expected
 
 
 def test_published_text_with_batching_and_speculative_decoding(model):
-    encoder, hparams, params = model
-    n_head = hparams["n_head"]
-    model, params = parallel.small_batch_model(params, n_head)
+    encoder, n_head, model, params = model
     requests = [(i, prompt_ids(encoder, prompt), [np.argmax]) for i, (prompt, _, _) in enumerate(CONTINUATIONS)]
     results = batching.generate_batch(requests, params, n_head, 40, 4, model=model)
     texts = {key: encoder.decode(ids) for (key, _), ids, _ in results}
@@ -97,9 +106,9 @@ def test_published_text_with_batching_and_speculative_decoding(model):
 
 @pytest.mark.parametrize("case", RECORDED)
 def test_recorded_logits(model, case):
-    encoder, hparams, params = model
+    encoder, n_head, model, params = model
     assert encoder.encode(case["prompt"]) == case["ids"]
-    logits = gpt2.gpt2(case["ids"], **params, n_head=hparams["n_head"])[-1]
+    logits = model.gpt2(case["ids"], **params, n_head=n_head)[-1]
     ids, expected = zip(*case["top20"], strict=True)
     np.testing.assert_allclose(logits[list(ids)], expected, atol=0.05)
     np.testing.assert_allclose(logits.mean(), case["mean"], atol=0.05)

@@ -1,11 +1,13 @@
 """The shape comments are true: each is checked against the arrays while the code runs.
 
 A comment `# [a, b] -> [c, d]` behind `def` states the array arguments in their order and the result; behind an
-assignment, what is assigned; behind a return, what is returned. Names are bound where they first appear in a call
+assignment, what is assigned; behind a return, what is returned. `# [a, b] -> y: [c, d]` behind the `def` of a compiled
+function states its array arguments, the last of which it writes to. Names are bound where they first appear in a call
 (n_seq, d) or are its integer variables (n_head); `...` is any number of leading axes, `each` a tuple of such arrays.
 """
 
 import ast
+import importlib
 import inspect
 import re
 import sys
@@ -15,18 +17,18 @@ import pytest
 
 import gpt2
 import sampling
-from engines import batching, columns, parallel, speculative
+from engines import batching, compiled, speculative
 from tests import gradients
 from tests.conftest import TINY
 from tests.random_model import random_tensors
 from training import dataset, fused, loss
 from weights.names import nest
 
-COMMENT = re.compile(r"#\s*(?P<inputs>\[[^#]*\])?\s*->\s*(?P<result>\[[^\]]*\])")
+COMMENT = re.compile(r"#\s*(?P<inputs>\[[^#]*\])?\s*->\s*(?:(?P<written>\w+: .*)|(?P<result>\[[^\]]*\]))")
 
 
 def shape_comments(module):
-    """{first line of a statement: (statement, shapes of the inputs, shape of the result)}"""
+    """{first line of a statement: (statement, shapes of the inputs, shape of the result or "")}"""
     lines = inspect.getsource(module).splitlines()
     comments = {}
     for node in ast.walk(ast.parse("\n".join(lines))):
@@ -34,11 +36,8 @@ def shape_comments(module):
             last = node.body[0].lineno - 1 if isinstance(node, ast.FunctionDef) else node.end_lineno
             found = next(filter(None, (COMMENT.search(line) for line in lines[node.lineno - 1 : last])), None)
             if found:
-                comments[node.lineno] = (
-                    node,
-                    re.findall(r"\[([^\]]*)\]", found["inputs"] or ""),
-                    found["result"][1:-1],
-                )
+                inputs = re.findall(r"\[([^\]]*)\]", (found["inputs"] or "") + (found["written"] or ""))
+                comments[node.lineno] = (node, inputs, (found["result"] or "")[1:-1])
     return comments
 
 
@@ -52,11 +51,15 @@ class Checker:
         if frame.f_code.co_filename != self.file or frame.f_code.co_name.startswith("<"):
             return None
         sizes, pending = {}, []
-        node, inputs, _ = self.comments.get(frame.f_code.co_firstlineno, (None, None, None))
+        node, inputs, result = self.comments.get(frame.f_code.co_firstlineno, (None, None, None))
         if is_definition := isinstance(node, ast.FunctionDef):
-            arrays = [a for arg in node.args.args if isinstance(a := frame.f_locals[arg.arg], np.ndarray | list)]
+            values = [frame.f_locals[arg.arg] for arg in node.args.args]
+            arrays = [value for value in values if isinstance(value, np.ndarray | list | tuple)]
             for shape, array in zip(inputs, arrays, strict=False):
-                self.match(np.shape(array), shape, frame, sizes)
+                if not isinstance(array, tuple):  # quantized weights
+                    self.match(np.shape(array), shape, frame, sizes)
+            if result == "":
+                self.checked.add(node.lineno)
 
         def local(frame, event, value):
             for line in list(pending):  # an assignment is complete when another line begins
@@ -94,7 +97,7 @@ class Checker:
             if name.isidentifier() and name not in integers:
                 expected = sizes.setdefault(name, size)
             else:
-                expected = eval(name, {}, integers | sizes)
+                expected = eval(name, frame.f_globals, integers | sizes)
             if expected != size:
                 message = f"line {frame.f_lineno}: [{stated}] is {shape}, and {name} should be {expected}"
                 raise AssertionError(f"{frame.f_code.co_name}, {message}")
@@ -135,22 +138,47 @@ def test_the_shape_comments_of_sampling_are_true():
     assert_comments_are_true(sampling, lambda: sampling.distribution(logits, top_k=5, top_p=0.9))
 
 
-@pytest.mark.parametrize("module", [columns, parallel, batching, speculative])
+@pytest.mark.parametrize("module", [batching, speculative])
 def test_the_shape_comments_of_engines_are_true(tiny, module):
-    """A single process, because only this process is traced."""
     _, hparams, params = tiny
     n_head, requests = hparams["n_head"], [(0, [1, 2, 3], [np.argmax]), (1, [4], [np.argmax])]
-    wide = np.ones((3072, 70), dtype=np.float32)
 
     def run():
-        model, blocked = parallel.shared(params, n_head, 1)
-        list(batching.generate_batch(requests, blocked, n_head, 3, model=model))
         list(batching.generate_batch(requests, params, n_head, 3))
         draft = speculative.Draft(params, n_head, cost=0.1)
-        list(speculative.Speculation(params, n_head, lambda: draft).generate_tokens([1, 2, 3], 5))
-        for n_rows in (20, 200):
-            np.ones((n_rows, 3072), dtype=np.float32) @ columns.Columns(wide)
+        drafters = lambda cache, sample: [draft]  # noqa: E731
+        list(speculative.Speculation(params, n_head, drafters).generate_tokens([1, 2, 3], 5))
 
+    assert_comments_are_true(module, run)
+
+
+def traceable(module, monkeypatch):
+    """Replace compiled functions by Python functions on the same line that call them: compiled code is not traced."""
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.FunctionDef) and hasattr(getattr(module, node.name), "py_func"):
+            names = ", ".join(arg.arg for arg in node.args.args)
+            source = "\n" * (node.lineno - 1) + f"def {node.name}({names}): compiled({names})"
+            namespace = vars(module) | {"compiled": getattr(module, node.name)}
+            exec(compile(source, module.__file__, "exec"), namespace)
+            monkeypatch.setattr(module, node.name, namespace[node.name])
+
+
+@pytest.mark.parametrize("name", ["kernels", "attention", "quantized"])
+def test_the_shape_comments_of_compiled_functions_are_true(monkeypatch, name):
+    pytest.importorskip("numba")
+    module = importlib.import_module(f"engines.{name}")
+    hparams = TINY | {"n_embd": 64, "n_head": 4}
+    params, ids = nest(random_tensors(hparams), hparams["n_layer"]), np.zeros((3, hparams["n_ctx"]), dtype=int)
+    compiled.compiled_model(params)  # else numba compiles while it is traced
+    traceable(module, monkeypatch)
+
+    def run():
+        for dtype in ("float32", "int8", "int4"):
+            model, laid_out = compiled.compiled_model(params, dtype)
+            model.gpt2(ids, **laid_out, n_head=4)
+            list(batching.generate_batch([(0, [1, 2, 3], [np.argmax] * 2)], laid_out, 4, 3, model=model))
+
+    run()
     assert_comments_are_true(module, run)
 
 

@@ -11,6 +11,30 @@ def is_matrix(p):
     return p.ndim > 1
 
 
+def adamw(w, g, m, v, beta1, beta2, eps, scale, decay, step_size, root):  # [n], [n], [n], [n]
+    """Update w, m and v, chunk by chunk and with one scratch array; see AdamW.update_tensor."""
+    for chunk in chunks(w.size, scale=2):  # there is only one temporary array
+        update_chunk(w[chunk], g[chunk], m[chunk], v[chunk], beta1, beta2, eps, scale, decay, step_size, root)
+
+
+def update_chunk(w, g, m, v, beta1, beta2, eps, scale, decay, step_size, root):  # [n], [n], [n], [n]
+    scratch = g * (scale * (1 - beta1))
+    m *= beta1
+    m += scratch
+    np.multiply(g, scale, out=scratch)
+    scratch *= scratch
+    scratch *= 1 - beta2
+    v *= beta2
+    v += scratch
+    np.sqrt(v, out=scratch)
+    scratch *= 1 / root
+    scratch += eps
+    np.divide(m, scratch, out=scratch)
+    scratch *= step_size
+    w *= decay
+    w -= scratch
+
+
 class AdamW:
     """Adam with decoupled weight decay. It updates float32 arrays in place.
 
@@ -27,7 +51,7 @@ class AdamW:
         self.weight_decay = {name: weight_decay * decays(p) for name, p in tensors.items()}
         self.m = {name: np.zeros_like(p) for name, p in tensors.items()}
         self.v = {name: np.zeros_like(p) for name, p in tensors.items()}
-        self.step = 0
+        self.step, self.adamw = 0, adamw
 
     def load_moments(self, m, v, step):
         """Continue from copies of the moments, dicts by tensor name, after this number of updates."""
@@ -45,33 +69,17 @@ class AdamW:
         list(parallel_map(lambda name: self.update_tensor(name, gradients[name], learning_rate, scale), largest_first))
 
     def update_tensor(self, name, gradient, learning_rate, scale):
-        """Compute, chunk by chunk and with one scratch array, where t is the step and g = scale * gradient:
+        """Compute, where t is the step and g = scale * gradient:
 
         m = beta1*m + (1-beta1)*g,  m_hat = m / (1 - beta1**t)
         v = beta2*v + (1-beta2)*g*g,  v_hat = v / (1 - beta2**t)
         w = w - learning_rate * (weight_decay*w + m_hat / (sqrt(v_hat) + eps))
         """
         p, t = self.tensors[name], self.step
+        flat = [a.reshape(-1) for a in (p, gradient, self.m[name], self.v[name])]
         decay = 1 - learning_rate * self.weight_decay[name]
         step_size, root = learning_rate / (1 - self.beta1**t), math.sqrt(1 - self.beta2**t)
-        flat = [a.reshape(-1) for a in (p, gradient, self.m[name], self.v[name])]
-        for chunk in chunks(p.size, scale=2):  # there is only one temporary array
-            w, g, m, v = (a[chunk] for a in flat)
-            scratch = g * (scale * (1 - self.beta1))
-            m *= self.beta1
-            m += scratch
-            np.multiply(g, scale, out=scratch)
-            scratch *= scratch
-            scratch *= 1 - self.beta2
-            v *= self.beta2
-            v += scratch
-            np.sqrt(v, out=scratch)
-            scratch *= 1 / root
-            scratch += self.eps
-            np.divide(m, scratch, out=scratch)
-            scratch *= step_size
-            w *= decay
-            w -= scratch
+        self.adamw(*flat, self.beta1, self.beta2, self.eps, scale, decay, step_size, root)
 
 
 def global_norm(gradients, parallel_map=map):

@@ -12,6 +12,7 @@ import numpy as np
 
 import gpt2
 from engines.instance import new_instance
+from training.adamw import adamw  # noqa: F401
 from training.autograd import fuse
 from training.chunks import chunks
 
@@ -83,11 +84,27 @@ cross_entropy = fuse(  # [..., n_seq, n_vocab], [..., n_seq] -> scalar, the mean
 )
 
 
+def linear(x, w, b):  # [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]
+    """gpt2.linear, with the bias added in place."""
+    y = x.reshape(-1, x.shape[-1]) @ w
+    y += b
+    return y.reshape(*x.shape[:-1], w.shape[-1])
+
+
+def linear_backward(dy, x, w, b):  # [..., n_out], [..., n_in], [n_in, n_out], [n_out] -> gradients of x, w and b
+    flat_x, flat_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    dx = (flat_dy @ w.T).reshape(x.shape)
+    in_c_order = w.strides[1] <= w.strides[0]  # so is its gradient, to be added up fast
+    dw = flat_x.T @ flat_dy if in_c_order else (flat_dy.T @ flat_x).T
+    return dx, dw, np.sum(flat_dy, axis=0) if np.ndim(b) else None
+
+
 class Dropout:
     """Set each element to 0 with probability p and divide the others by 1 - p (Srivastava et al. 2014, section 10)."""
 
     def __init__(self, p):
         self.threshold = min(round(p * 2**16), 2**16 - 1)  # 16 random bits per element: p is rounded to 1/65536
+        self.scale = 2**16 / (2**16 - self.threshold)
         self.seed(0)
 
     def seed(self, *seeds):
@@ -101,8 +118,7 @@ class Dropout:
 
     def after(self, function):
         """Return a function that applies dropout to the result of this one."""
-        scale = 2**16 / (2**16 - self.threshold)
-        keep = fuse(lambda x, mask: x * mask * scale, lambda dy, y, x, mask: [dy * mask * scale, None])
+        keep = fuse(lambda x, mask: x * mask * self.scale, lambda dy, y, x, mask: [dy * mask * self.scale, None])
 
         def with_dropout(*args, **kwargs):
             x = function(*args, **kwargs)
@@ -124,6 +140,8 @@ def training_model(dropout=0.0):
     model.layer_norm = fuse(
         lambda x, g, b: by_rows(layer_norm, x, g, b), lambda dy, y, x, g, b: layer_norm_backward(dy, x, g)
     )
+    model.linear = fuse(linear, lambda dy, y, x, w, b: linear_backward(dy, x, w, b))
+    model.cross_entropy = cross_entropy
     model.drop = Dropout(dropout)
     if dropout:
         for name in ("embed", "softmax", "mha", "ffn"):

@@ -14,7 +14,8 @@ def lm_loss(params, inputs, targets, n_head, model=gpt2):  # dict, [batch, n_seq
     model: the module gpt2, gpt2_pico (one sequence only), or fused.training_model(), which has dropout and hand-written
     backward passes.
     """
-    return fused.cross_entropy(model.gpt2(inputs, **params, n_head=n_head), np.asarray(targets))
+    cross_entropy = getattr(model, "cross_entropy", fused.cross_entropy)
+    return cross_entropy(model.gpt2(inputs, **params, n_head=n_head), np.asarray(targets))
 
 
 def loss_and_gradients(tensors, hparams, inputs, targets, model=gpt2, weight=1.0):

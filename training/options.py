@@ -51,6 +51,7 @@ class Options:
     eval_interval: Positive = 250  # steps
     eval_iters: Positive = 20  # batches per split
 
+    engine: str = "auto"  # or "numpy", "compiled"
     threads: Annotated[int, lambda n: 1 <= n <= MAX_THREADS] = 1
 
     @property

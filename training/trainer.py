@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import os
 import signal
 import threading
 import time
@@ -12,6 +13,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from encoder import END_OF_TEXT
+from engines.allocator import keep_all_freed_memory
 from training import fused
 from training.checkpoint import save_checkpoint
 from training.dataset import even_windows, random_windows
@@ -19,6 +21,24 @@ from training.loss import estimate_loss, loss_and_gradients
 from weights.errors import UserError
 from weights.names import nest
 from weights.safetensors_file import save_params
+
+
+def training_functions(engine):
+    """Return the module whose training_model() and adamw() to use: kernels if the engine is compiled, else fused.
+
+    engine: "numpy", "compiled", or "auto", which is compiled if numba is installed. Raises UserError without numba.
+    """
+    if engine == "numpy":
+        return fused
+    try:
+        from training import kernels
+    except ImportError as error:
+        if engine == "auto":
+            return fused
+        raise UserError(
+            f"the compiled engine needs numba ({error}); pip install numba, or set --engine numpy"
+        ) from None
+    return kernels
 
 
 class Trainer:
@@ -33,8 +53,11 @@ class Trainer:
         self.hparams, self.tensors, self.optimizer = plan.hparams, plan.optimizer.tensors, plan.optimizer
         self.params = nest(self.tensors, self.hparams["n_layer"])  # the same arrays, as gpt2() takes them
         self.n_shards = self.options.n_shards
-        self.models = [fused.training_model(self.options.dropout) for _ in range(self.n_shards)]
-        self.eval_model = fused.training_model()
+        functions = fused if os.environ.get("NOK") else training_functions(self.options.engine)
+        self.optimizer.adamw = functions.adamw
+        self.models = [functions.training_model(self.options.dropout) for _ in range(self.n_shards)]
+        self.eval_model = functions.training_model()
+        keep_all_freed_memory()
 
     @contextlib.contextmanager
     def threads(self):

@@ -1,0 +1,73 @@
+"""The engine of a run: gpt2.py's NumPy functions, or their compiled counterparts (--engine, --dtype)."""
+
+import sys
+
+import gpt2
+from engines.compiled import compiled_model, is_installed
+from weights.errors import UserError
+
+# What auto knows about time, in seconds: medians on two cores of Zen 4, 124M shape (bench/start.py, bench/batching.py)
+START = 0.5  # importing numba and loading the kernels
+COPY = 0.3e-9  # copying the weights, per parameter
+SAVED_PER_TOKEN = 0.06e-9  # by the compiled engine, per parameter, in a pass of one token
+SAVED_PER_BATCH = 0.25e-9  # in a pass of several rows
+SAVED_PER_PROMPT_TOKEN = 0.004e-9  # in a prefill, per token of the prompt
+
+
+def add_engine_options(add):
+    """Add --engine and --dtype to a parser. add: its method add_argument."""
+    add(
+        "--engine",
+        choices=("auto", "numpy", "compiled"),
+        default="auto",
+        help="numpy, or compiled kernels, which need numba; auto takes these if they pay back their start (default)",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "int8", "int4"),
+        default="float32",
+        help="type of the weights (default: float32); int8 and int4 are faster and lossy: the results differ",
+    )
+
+
+def check_engine_options(options, speculate="off"):
+    """Raise UserError for options that need the compiled engine without it; note a lossy type of the weights."""
+    lossy = options.dtype != "float32"
+    needs_compiled = f"--dtype {options.dtype}" if lossy else "--speculate self" if speculate == "self" else None
+    if needs_compiled and options.engine == "numpy":
+        raise UserError(f"{needs_compiled} needs the compiled engine; leave out --engine numpy")
+    if lossy and speculate == "self":
+        raise UserError(f"--speculate self checks its draft tokens with float32 weights; leave out {needs_compiled}")
+    if lossy:
+        print(f"note: --dtype {options.dtype} is lossy: results differ from those of float32", file=sys.stderr)
+    if needs_compiled:
+        options.engine = "compiled"
+
+
+def pays_off(n_params, n_prompt_tokens, n_passes=0, n_rows=1):
+    """Return whether the compiled engine saves more time than its start takes.
+
+    n_passes: forward passes after the prompts, each over n_rows rows.
+    """
+    per_pass = SAVED_PER_TOKEN if n_rows == 1 else SAVED_PER_BATCH
+    saved = SAVED_PER_PROMPT_TOKEN * n_prompt_tokens + per_pass * n_passes
+    return n_params * (saved - COPY) > START
+
+
+def model_and_params(options, params, worth_it):
+    """Return the model of --engine and --dtype, and the parameters in its layout. worth_it: what auto asks first."""
+    if options.engine == "compiled":
+        return compiled_model(params, options.dtype)
+    if options.engine == "auto" and worth_it and is_installed():
+        try:
+            return compiled_model(params)
+        except UserError:  # numba cannot be imported, or memory is short
+            pass
+    return gpt2, params
+
+
+def set_threads(n_threads):
+    """Use up to n_threads threads in compiled kernels; NUMBA_NUM_THREADS limits them."""
+    import numba
+
+    numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))
