@@ -157,8 +157,11 @@ def speed_rows(model, params, rounds):
         passes[rate] = speculation.n_passes
 
     rates = (0, 0.3, 0.6, 0.8, 0.9, 0.97, 0.995)
-    spent = times({"plain": plain} | {rate: functools.partial(drafted, rate) for rate in rates}, rounds,
-                  lambda variant: seconds_for(variant()))
+    spent = times(
+        {"plain": plain} | {rate: functools.partial(drafted, rate) for rate in rates},
+        rounds,
+        lambda variant: seconds_for(variant()),
+    )
     for rate in rates:
         speeds = [f"{(N_TOKENS - 1) / median(spent[name]):.1f}" for name in ("plain", rate)]
         yield [rate, f"{(N_TOKENS - 1) / (passes[rate] - 1):.2f}", *speeds, over(spent["plain"], spent[rate])]

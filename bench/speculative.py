@@ -1,4 +1,4 @@
-"""Speculative decoding against token-by-token decoding, at 124M and 1558M shape: python bench/speculative.py [ROUNDS]
+"""Speculative decoding with the compiled engine, at 124M and 1558M shape: python bench/speculative.py [ROUNDS]
 
 The weights are random, so nothing in what they generate could be predicted. Known texts are replayed instead: the
 sampler returns the text's tokens whatever the logits, a draft token is accepted where the text has it, and every pass
@@ -6,13 +6,12 @@ is made in full. The texts: greedy continuations of four prompts by models/shake
 the older half is dropped); a passage repeated eight times; the beginning of tinyshakespeare, if it is available; and
 tokens without any repetition.
 
-For 1558M a model of 124M shape drafts. Each draft token is replaced by the text's next token with the given acceptance
-rate, and by another one otherwise.
+`lookup` drafts what followed earlier in the text. `self` also drafts with quantized weights, and for 1558M a model of
+124M shape drafts: each of their draft tokens is replaced by the text's next token with the given acceptance rate, and by
+another one otherwise (bench/quantized.py has rates that were measured).
 
-A speedup is the time of decoding token by token divided by that of speculative decoding. Times are those of the tokens
-after the first, since the first is the prompt's. A process that speculates copies the weights into another layout
-before it generates; `speedup` counts the copy once, `after the copy` leaves it out, and `break-even` is the number of
-tokens from which on speculation has made up for it.
+A speedup is the compiled engine's time token by token divided by that with draft tokens. Times are those of the tokens
+after the first, since the first is the prompt's.
 """
 
 import functools
@@ -23,14 +22,15 @@ import numpy as np
 from common import DATA, SIZE_124M, in_turn, machine, median, model_124m, some_tensors, table
 
 import gpt2
-from engines.parallel import small_batch_model
-from engines.speculative import Draft, Speculation
+from engines.compiled import compiled_model
+from engines.quantized import quantize
+from engines.speculative import MAX_MATCH, Draft, Lookup, SelfDraft, Speculation
 from utils import load_encoder_hparams_and_params
 from weights.names import n_params, nest, tensor_shapes
 
 SIZE_1558M = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 1600, "n_head": 25, "n_layer": 48}
 N_PROMPT, N_TOKENS, N_DRAFTED = 16, 600, 48
-IDLE = 0.3  # seconds to wait before each measurement: BLAS's threads spin for a while
+RATE, RATES = 0.9, (0.5, 0.7, 0.9)  # acceptance rates of self, and of the draft model
 PROMPTS = ["ROMEO:", "First Citizen:", "KING", "JULIET:\nO Romeo"]
 
 
@@ -71,23 +71,11 @@ def replay(text):
 
 def seconds_for(tokens):
     """Return the time of all tokens after the first."""
-    time.sleep(IDLE)
     next(tokens)
     start = time.perf_counter()
     for _ in tokens:
         pass
     return time.perf_counter() - start
-
-
-def copied(params, n_head, rounds):
-    """Return (median seconds, (model, params)) of small_batch_model, made once per round."""
-    spent, small = [], None
-    for _ in range(rounds):
-        del small  # frees its memory
-        start = time.perf_counter()
-        small = small_batch_model(params, n_head)
-        spent.append(time.perf_counter() - start)
-    return median(spent), small
 
 
 def times(variants, rounds):
@@ -99,45 +87,11 @@ def times(variants, rounds):
     return spent
 
 
-def cells(n, passes, plain, fast, copying):
-    """Return a row's numbers from the seconds of each round for n tokens, and those of copying the weights."""
-    saved = (median(plain) - median(fast)) / (n - 1)  # per token
-    rates = [f"{(n - 1) / median(spent):.1f}" for spent in (plain, fast)]
-    speedups = [f"{median(a / (b + c) for a, b in zip(plain, fast, strict=True)):.2f}" for c in (copying, 0)]
-    return [f"{n / passes:.2f}", *rates, *speedups, f"{copying / saved:.0f}" if saved > 0 else "never"]
-
-
-def lookup_times(text, params, small, n_head, rounds):
-    """Return (passes, seconds of each round plain, with lookup)."""
-    n, speculation = len(text) - N_PROMPT, Speculation(small[1], n_head, model=small[0])
-
-    def plain():
-        return gpt2.generate_tokens(text[:N_PROMPT], params, n_head, n, replay(text))
-
-    def lookup():
-        speculation.reset_counts()
-        return speculation.generate_tokens(text[:N_PROMPT], n, replay(text))
-
-    spent = times({"plain": plain, "lookup": lookup}, rounds)
-    return speculation.n_passes, *spent.values()
-
-
-def lookup_rows(params, n_head, rounds):
-    copying, small = copied(params, n_head, rounds)
-    print(f"124M: the weights are copied in {copying:.2f} s")
-    found = {name: lookup_times(text, params, small, n_head, rounds) for name, text in texts().items()}
-    rows = [[name, *cells(N_TOKENS, *result, copying)] for name, result in found.items()]
-    passes, *spent = zip(*list(found.values())[: len(PROMPTS)], strict=True)  # those of the bundled model, as one text
-    together = [np.sum(rounds, axis=0).tolist() for rounds in spent]
-    rows.insert(len(PROMPTS), ["these together", *cells(N_TOKENS * len(PROMPTS), sum(passes), *together, copying)])
-    return rows
-
-
 class ReplayedDraft:
-    """A Draft whose tokens are replaced so that the given share of them is accepted."""
+    """A drafter whose tokens are replaced so that the given share of them is accepted."""
 
-    def __init__(self, draft, text, rate):
-        self.drafter, self.text, self.rate, self.cost = draft, text, rate, draft.cost
+    def __init__(self, drafter, text, rate):
+        self.drafter, self.text, self.rate, self.cost = drafter, text, rate, drafter.cost
         self.rng = np.random.default_rng(0)
 
     def draft(self, text, n):
@@ -145,40 +99,78 @@ class ReplayedDraft:
         return [self.text[i] if self.rng.random() < self.rate else self.text[i] ^ 1 for i in places]
 
 
-def draft_rows(rounds):
-    _, hparams, small_params = model_124m()
-    params, n_head = nest(some_tensors(SIZE_1558M), SIZE_1558M["n_layer"]), SIZE_1558M["n_head"]
-    text = np.random.default_rng(0).permutation(SIZE_124M["n_vocab"])[: N_PROMPT + N_DRAFTED].tolist()
-    cost = n_params(tensor_shapes(**hparams)) / n_params(tensor_shapes(**SIZE_1558M))
-    copying, (model, copy) = copied(params, n_head, rounds)
-    copying_draft, (draft_model, draft_params) = copied(small_params, hparams["n_head"], rounds)
-    print(f"1558M: the weights are copied in {copying:.2f} s, those of the draft model in {copying_draft:.2f} s")
-    speculation, passes = Speculation(copy, n_head, model=model), {}
+def compare(text, model, params, n_head, make_drafters, rounds):
+    """Return {name: (tokens, passes, seconds of each round plain, with draft tokens)} of {name: make_drafters}."""
+    n, passes = len(text) - N_PROMPT, {}
 
     def plain():
-        return gpt2.generate_tokens(text[:N_PROMPT], params, n_head, N_DRAFTED, replay(text))
+        return model.generate_tokens(text[:N_PROMPT], params, n_head, n, replay(text))
 
-    def drafted(rate):
+    def drafted(name):
+        speculation = Speculation(params, n_head, make_drafters[name], model)
+        yield from speculation.generate_tokens(text[:N_PROMPT], n, replay(text))
+        passes[name] = speculation.n_passes
+
+    spent = times({"": plain} | {name: functools.partial(drafted, name) for name in make_drafters}, rounds)
+    return {name: (n, passes[name], spent[""], spent[name]) for name in make_drafters}
+
+
+def cells(n, passes, plain, fast):
+    """Return a row's numbers from the seconds of each round for n tokens."""
+    rates = [f"{(n - 1) / median(spent):.1f}" for spent in (plain, fast)]
+    return [f"{n / passes:.2f}", *rates, f"{median(a / b for a, b in zip(plain, fast, strict=True)):.2f}"]
+
+
+def total(results):
+    """Return the sum of the results of several texts, as if they were one."""
+    n, passes, *spent = zip(*results, strict=True)
+    return sum(n), sum(passes), *(np.sum(rounds, axis=0).tolist() for rounds in spent)
+
+
+def text_rows(rounds):
+    _, hparams, params = model_124m()
+    n_head, (model, params) = hparams["n_head"], compiled_model(params)
+    draft_params = quantize(params, "int8")
+
+    def self_drafters(text, cache, sample):
+        return [Lookup(MAX_MATCH), ReplayedDraft(SelfDraft(draft_params, n_head, model, cache, sample), text, RATE)]
+
+    found = {}
+    for name, text in texts().items():
+        make_drafters = {"lookup": lambda cache, sample: [Lookup()]}
+        make_drafters[f"self, {RATE}"] = functools.partial(self_drafters, text)
+        found[name] = compare(text, model, params, n_head, make_drafters, rounds)
+    rows = []
+    for draft in make_drafters:
+        results = {name: found[name][draft] for name in found}
+        results["the first four together"] = total(list(results.values())[: len(PROMPTS)])
+        rows += [[name, draft, *cells(*result)] for name, result in results.items()]
+    return rows
+
+
+def draft_rows(rounds):
+    _, hparams, small_params = model_124m()
+    n_head, cost = SIZE_1558M["n_head"], n_params(tensor_shapes(**hparams)) / n_params(tensor_shapes(**SIZE_1558M))
+    model, params = compiled_model(nest(some_tensors(SIZE_1558M), SIZE_1558M["n_layer"]))
+    draft_model, draft_params = compiled_model(small_params)
+    text = np.random.default_rng(0).permutation(SIZE_124M["n_vocab"])[: N_PROMPT + N_DRAFTED].tolist()
+
+    def make_drafters(rate, _cache, _sample):
         draft = Draft(draft_params, hparams["n_head"], cost, draft_model)
-        speculation.make_drafter = lambda: ReplayedDraft(draft, text, rate)
-        speculation.reset_counts()
-        yield from speculation.generate_tokens(text[:N_PROMPT], N_DRAFTED, replay(text))
-        passes[rate] = speculation.n_passes
+        return [ReplayedDraft(draft, text, rate)]
 
-    rates = (0.5, 0.7, 0.9)
-    spent = times({"plain": plain} | {rate: functools.partial(drafted, rate) for rate in rates}, rounds)
-    name, copying = "1558M, draft 124M, acceptance rate", copying + copying_draft
-    return [[f"{name} {rate}", *cells(N_DRAFTED, passes[rate], spent["plain"], spent[rate], copying)] for rate in rates]
+    drafts = {f"124M, {rate}": functools.partial(make_drafters, rate) for rate in RATES}
+    found = compare(text, model, params, n_head, drafts, rounds)
+    return [["1558M: no token twice", name, *cells(*result)] for name, result in found.items()]
 
 
 def main():
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     print(f"{machine()}; {N_TOKENS} tokens of each text, {N_DRAFTED} with a draft model")
     print(f"medians of {rounds} rounds in turns" if rounds > 2 else f"means of {rounds} rounds in turns")
-    _, hparams, params = model_124m()
-    speeds = ["tokens per pass", "tokens/s: plain", "speculative", "speedup", "after the copy", "break-even"]
-    table(["text, 124M shape", *speeds], lookup_rows(params, hparams["n_head"], rounds))
-    table(["model", *speeds], draft_rows(rounds))
+    head = ["text", "draft, acceptance rate", "tokens per pass", "tokens/s: plain", "speculative", "speedup"]
+    table(head, text_rows(rounds))
+    table(head, draft_rows(rounds))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ The kernels run where the sizes are multiples of LANES, as in all of OpenAI's mo
 run. Logits have the same bits whether a token is computed alone, in a prompt, in a batch, or among draft tokens.
 """
 
+import functools
 import importlib.util
+import sys
 
 from engines.instance import new_instance
 from weights.errors import UserError
@@ -27,13 +29,22 @@ def compiled_model(params, dtype="float32"):
     weights = [layer["w"] for block in params["blocks"] for part in ("attn", "mlp") for layer in block[part].values()]
     n_weights = sum(w.size for w in weights) + (0 if dtype == "float32" else params["wte"].size)
     check_memory(f"a copy of the weights in {dtype}", int(n_weights * BYTES[dtype]), "set --engine numpy")
-    try:
-        from engines import attention, kernels, quantized
-    except ImportError as error:
-        raise UserError(
-            f"the compiled engine needs numba ({error}); pip install numba, or set --engine numpy"
-        ) from None
+    attention, kernels, quantized = import_kernels()
     model = new_instance()
     model.linear, model.layer_norm, model.gelu = quantized.linear, kernels.layer_norm, kernels.gelu
     model.attention, model.KVCache = attention.attention, attention.KVCache
     return model, kernels.in_layout(params) if dtype == "float32" else quantized.quantize(params, dtype)
+
+
+@functools.cache
+def import_kernels():
+    """Return the modules of the kernels; print a line if what they compile cannot be kept for the next run."""
+    try:
+        from engines import attention, kernels, quantized, vectors
+    except ImportError as error:
+        raise UserError(
+            f"the compiled engine needs numba ({error}); pip install numba, or set --engine numpy"
+        ) from None
+    if vectors.UNCACHED:
+        print("note: no folder to keep compiled kernels in: set NUMBA_CACHE_DIR to one", file=sys.stderr)
+    return attention, kernels, quantized

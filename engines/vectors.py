@@ -5,10 +5,13 @@ vectorizes a loop. LLVM maps a vector to the processor's registers (one of AVX-5
 """
 
 import operator
+import pathlib
+import sys
+import zlib
 
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
+from numba.core import cgutils, event
 from numba.extending import intrinsic, models, overload, register_model
 
 LANES = 16  # elements of a vector
@@ -16,20 +19,44 @@ FLOAT, INT = ir.FloatType(), ir.IntType(32)
 FLOATS, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
 
 
+UNCACHED = []  # why kernels are not kept on disk
+SHARED = [pathlib.Path(__file__).with_name(name).read_bytes() for name in ("vectors.py", "kernels.py")]
+VERSION = f"{zlib.crc32(b''.join(SHARED)):08x}"  # of the code that kernels in several files are compiled from
+
+
 def kernel(signature=None, parallel=False):
     """Return a decorator that compiles a function when it is first called, and keeps the result on disk if possible.
 
-    With a signature it is compiled at once, and for these types only.
-    numba looks for a folder that it can write to: NUMBA_CACHE_DIR, __pycache__, or the user's cache folder.
+    With a signature it is compiled at once, and for these types only. numba keeps it in NUMBA_CACHE_DIR, __pycache__ or
+    the user's cache folder, under the function's name and the date of its file. The name therefore gets a version.
     """
 
     def decorate(function):
+        function.__qualname__ += f"_{VERSION}"
         try:
             return njit(signature, parallel=parallel, nogil=True, cache=True)(function)
-        except RuntimeError:
+        except RuntimeError as error:  # there is no folder that it can write to
+            UNCACHED.append(str(error))
             return njit(signature, parallel=parallel, nogil=True)(function)
 
     return decorate
+
+
+class Announcement(event.Listener):
+    """Prints a line when a function is compiled for the first time, which loading it from the disk is not."""
+
+    announced = False
+
+    def on_start(self, _):
+        if not self.announced:
+            print("note: compiling kernels for this processor, which takes some seconds once", file=sys.stderr)
+        self.announced = True
+
+    def on_end(self, _):
+        pass
+
+
+event.register("numba:compile", Announcement())
 
 
 class Vector(types.Type):

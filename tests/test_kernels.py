@@ -16,7 +16,7 @@ from engines.vectors import LANES  # noqa: E402
 
 ROUNDING = 2.0**-24  # largest relative error of one float32 operation
 ROWS = [*range(1, 10), 16, 17, 256]
-SHAPES = [(16, 4), (48, 5), (64, 6), (48, 131), (3072, 66), (160, 400)]  # of weights: [n_in, n_out]
+SHAPES = [(16, 7), (48, 8), (64, 9), (48, 10), (160, 131), (3072, 66)]  # of weights: [n_in, n_out]
 OTHER_SHAPES = [(36, 108), (48, 3), (5, 1)]  # that gpt2.py's own function takes
 
 
