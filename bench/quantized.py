@@ -2,8 +2,8 @@
 
 Quality is that of models/shakespeare on tinyshakespeare (if it is available), in windows of the whole context; top-1
 agreement is the share of positions where the most likely token is that of float32. The acceptance rates are those of
-texts that it generates. Times are at 124M shape, in turns. For self-speculation the drafts are computed, and replaced by
-tokens that are accepted at the given rate.
+texts that it generates. Times are at 124M shape, in turns. For self-speculation the drafts are computed, and replaced
+by tokens that are accepted at the given rate.
 """
 
 import functools
@@ -49,11 +49,12 @@ def acceptance_rate(model, params, draft_params, encoder, n_head, temperature):
         text, sample = encoder.encode(prompt), make_sampler(temperature, seed=seed)
         cache = [model.KVCache(len(params["wpe"])) for _ in params["blocks"]]
         drafter = SelfDraft(draft_params, n_head, model, cache, sample)
-        new_ids = text[:]
+        for ids in ([i] for i in text[:-1]):
+            model.prefill(ids, params, n_head, cache)
         while len(text) < len(params["wpe"]):
-            text.append(model.choose(model.prefill(new_ids, params, n_head, cache), sample))
-            accepted += [draft == text[-1:]] if new_ids != text[:-1] else []
-            new_ids, draft = text[-1:], drafter.draft(text, 1)
+            draft = drafter.draft(text, 1)
+            text.append(model.choose(model.prefill(text[-1:], params, n_head, cache), sample))
+            accepted.append(draft == text[-1:])
     return np.mean(accepted)
 
 

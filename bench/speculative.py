@@ -7,8 +7,8 @@ the older half is dropped); a passage repeated eight times; the beginning of tin
 tokens without any repetition.
 
 `lookup` drafts what followed earlier in the text. `self` also drafts with quantized weights, and for 1558M a model of
-124M shape drafts: each of their draft tokens is replaced by the text's next token with the given acceptance rate, and by
-another one otherwise (bench/quantized.py has rates that were measured).
+124M shape drafts: each of their draft tokens is replaced by the text's next token with the given acceptance rate, and
+by another one otherwise (bench/quantized.py has rates that were measured).
 
 A speedup is the compiled engine's time token by token divided by that with draft tokens. Times are those of the tokens
 after the first, since the first is the prompt's.

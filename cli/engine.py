@@ -3,7 +3,7 @@
 import sys
 
 import gpt2
-from engines.compiled import compiled_model, is_installed
+from engines.compiled import compiled_model, import_kernels, is_installed
 from weights.errors import UserError
 
 # What auto knows about time, in seconds: medians on two cores of Zen 4, 124M shape (bench/start.py, bench/batching.py)
@@ -42,6 +42,8 @@ def check_engine_options(options, speculate="off"):
         print(f"note: --dtype {options.dtype} is lossy: results differ from those of float32", file=sys.stderr)
     if needs_compiled:
         options.engine = "compiled"
+    if options.engine == "compiled":
+        import_kernels()  # an error appears before the model is loaded
 
 
 def pays_off(n_params, n_prompt_tokens, n_passes=0, n_rows=1):

@@ -22,7 +22,7 @@ from cli.options import (
 from encoder import END_OF_TEXT
 from train import compute_gradients, train
 from training.checkpoint import STATE
-from training.options import MAX_THREADS, PRESETS, Options
+from training.options import ENGINES, MAX_THREADS, PRESETS, Options
 from training.plan import plan_new, plan_resumed, prepare_folder
 from training.report import Report
 from training.trainer import Trainer
@@ -107,6 +107,11 @@ def make_parser():
     parser.add_models_dir()
     parser.add_data_dir()
     add("--threads", type=parse_up_to(MAX_THREADS), metavar="N", help="threads (default: number of cores)")
+    add(
+        "--engine",
+        choices=ENGINES,
+        help="numpy, or compiled kernels, which need numba; auto takes these if numba is installed (default)",
+    )
     for title, options in TUNABLE.items():
         group = parser.add_argument_group(title)
         for name, (kind, meaning) in options.items():

@@ -14,38 +14,39 @@ import gpt2
 from engines import batching
 from engines.vectors import LANES, exp, fma4, kernel, largest, load, maximum, splat, store, total, zero
 
-TILE = 4  # queries that are computed at a time, and vectors of their results: 16 sums fit into the registers
+TILE = 4  # queries that are computed at a time, with 4 vectors of each: 16 sums fit into the registers
+BLOCK = 4 * LANES  # keys that are stored side by side
 
 
 @njit
-def multiply(x, w, y):  # [n_rows, n], [n_blocks, n, LANES] -> y: [n_rows, n_blocks*LANES]
-    """Write the product of x, at most TILE rows, and a matrix stored in blocks of LANES columns to y."""
-    last_row, last_block = x.shape[0] - 1, w.shape[0] - 1
-    r1, r2, r3 = min(1, last_row), min(2, last_row), min(3, last_row)  # rows beyond the last repeat it, as do blocks
-    for b0 in range(0, last_block + 1, TILE):
-        b1, b2, b3 = min(b0 + 1, last_block), min(b0 + 2, last_block), min(b0 + 3, last_block)
+def multiply(x, w, y):  # [n_rows, n], [n, >= n_columns] -> y: [n_rows, n_columns]
+    """Write x @ w to y, for 1 to TILE rows and a multiple of LANES columns; those of w beyond y's are not read."""
+    last_row, last = x.shape[0] - 1, y.shape[1] - LANES
+    r1, r2, r3 = min(1, last_row), min(2, last_row), min(3, last_row)  # beyond the last row, it is repeated
+    for j0 in range(0, last + 1, BLOCK):
+        j1, j2, j3 = min(j0 + LANES, last), min(j0 + 2 * LANES, last), min(j0 + 3 * LANES, last)
         s0 = s1 = s2 = s3 = (zero(), zero(), zero(), zero())
         for k in range(x.shape[1]):
-            four = load(w, (b0, k, 0)), load(w, (b1, k, 0)), load(w, (b2, k, 0)), load(w, (b3, k, 0))
+            four = load(w, (k, j0)), load(w, (k, j1)), load(w, (k, j2)), load(w, (k, j3))
             s0 = fma4(splat(x[0, k]), four, s0)
             if last_row > 0:
                 s1 = fma4(splat(x[r1, k]), four, s1)
                 s2 = fma4(splat(x[r2, k]), four, s2)
                 s3 = fma4(splat(x[r3, k]), four, s3)
-        blocks = b0, b1, b2, b3
+        columns = j0, j1, j2, j3
         if last_row > 0:
-            write_row(y, r3, blocks, s3)
-            write_row(y, r2, blocks, s2)
-            write_row(y, r1, blocks, s1)
-        write_row(y, 0, blocks, s0)
+            store4(y, r3, columns, s3)
+            store4(y, r2, columns, s2)
+            store4(y, r1, columns, s1)
+        store4(y, 0, columns, s0)
 
 
 @njit
-def write_row(y, i, blocks, sums):
-    store(y, (i, blocks[0] * LANES), sums[0])
-    store(y, (i, blocks[1] * LANES), sums[1])
-    store(y, (i, blocks[2] * LANES), sums[2])
-    store(y, (i, blocks[3] * LANES), sums[3])
+def store4(y, i, columns, sums):
+    store(y, (i, columns[0]), sums[0])
+    store(y, (i, columns[1]), sums[1])
+    store(y, (i, columns[2]), sums[2])
+    store(y, (i, columns[3]), sums[3])
 
 
 @njit
@@ -69,12 +70,12 @@ def softmax(scores, n_keys, scale):  # [n] -> scores: [n]
 def attend_tile(q, keys, values, n_keys, scores, out):  # [n_q, d] -> out: [n_q, d]
     """Attend from up to TILE queries, the last of which sees n_keys keys; scores is [TILE, >= n_keys] of scratch."""
     n_q, d = q.shape
-    n_blocks = -(-n_keys // LANES)
-    scores = scores[:n_q, : n_blocks * LANES]
-    multiply(q, keys[:n_blocks], scores)
+    scores = scores[:n_q, : -(-n_keys // LANES) * LANES]
+    for block in range(-(-n_keys // BLOCK)):
+        multiply(q, keys[block], scores[:, block * BLOCK : (block + 1) * BLOCK])
     for i in range(n_q):
         softmax(scores[i], n_keys - n_q + i + 1, 1 / math.sqrt(d))
-    multiply(scores[:, :n_keys], values[:, :n_keys], out)
+    multiply(scores[:, :n_keys], values, out)
 
 
 @intrinsic
@@ -87,7 +88,8 @@ def pointer(typing_context, address):
     return types.voidptr(types.int64), generate
 
 
-SIGNATURE = "void(float32[:,:,:,:], float32[:,:,:,:], float32[:,:,:,:], int64[:,::1], float32[:,:,:,::1])"
+STRIDED = types.Array(types.float32, 4, "A", readonly=True)  # takes arrays that can be written to as well
+SIGNATURE = types.void(STRIDED, STRIDED, STRIDED, types.int64[:, ::1], types.float32[:, :, :, ::1])
 
 
 @kernel(SIGNATURE, parallel=True)
@@ -101,15 +103,14 @@ def attend(q, k, v, rows, out):  # [b, h, n_q, d], [b, h, n_new, d], [b, h, n_ne
     for i in prange(batch * n_head):
         row, head = int64(i) % batch, int64(i) // batch  # a thread has the same heads of every row
         address, n_past, n_blocks = rows[row]
-        n_max = n_blocks * LANES
+        n_max = n_blocks * BLOCK
         kv = carray(pointer(address), (n_head, 2, n_max * d), np.float32)[head]
-        keys, values = kv[0].reshape(n_blocks, d, LANES), kv[1].reshape(d // LANES, n_max, LANES)
+        keys, values = kv[0].reshape(n_blocks, d, BLOCK), kv[1].reshape(n_max, d)
         for p in range(n_new):
-            block, lane = divmod(n_past + p, LANES)
+            block, lane = divmod(n_past + p, BLOCK)
             for j in range(d):
                 keys[block, j, lane] = k[row, head, p, j]
-            for j in range(0, d, LANES):
-                store(values, (j // LANES, n_past + p, 0), load(v, (row, head, p, j)))
+                values[n_past + p, j] = v[row, head, p, j]
         first = n_past + n_new - n_q  # position of the first query
         scores = np.empty((TILE, n_max), np.float32)
         for p in range(0, n_q, TILE):
@@ -126,11 +127,9 @@ def attend_rows(caches, q, k, v):  # [b, h, n_q, d], [b, h, n_new, d], [b, h, n_
     """Append k and v to the caches, each of which has an equal number of the rows, and attend within each row."""
     batch, n_head, n_q, d = q.shape
     n_rows = batch // len(caches)
-    for cache in caches:
-        cache.reserve(n_rows, *k.shape[1:])
-    rows = np.array([row for cache in caches for row in cache.rows()])
+    rows = [row for cache in caches for row in cache.rows(n_rows, *k.shape[1:])]
     out = np.empty((batch, n_q, n_head, d), np.float32)
-    attend(q, k, v, rows, out)
+    attend(q, k, v, np.array(rows, np.int64).reshape(batch, 3), out)
     for cache in caches:
         cache.n_past += k.shape[2]
     return np.swapaxes(out, 1, 2)
@@ -138,25 +137,33 @@ def attend_rows(caches, q, k, v):  # [b, h, n_q, d], [b, h, n_new, d], [b, h, n_
 
 def attention(q, k, v):  # [..., n_q, d], [..., n_k, d], [..., n_k, d] -> [..., n_q, d]
     """gpt2.attention."""
-    return KVCache(k.shape[-2]).attend(q, k, v)
+    return KVCache(k.shape[-2]).attend(q, k, v) if is_supported(q) else gpt2.attention(q, k, v)
 
 
 class KVCache(gpt2.KVCache):
     """gpt2.KVCache with the keys and values in the order in which the kernel reads them.
 
-    kv: [b, n_head, 2, n_blocks*LANES*d], per head the keys as [n_blocks, d, LANES], of LANES positions per block, and
-    the values as [d/LANES, n_blocks*LANES, LANES].
+    kv: [b, n_head, 2, n_blocks*BLOCK*d], per head the keys as [n_blocks, d, BLOCK], then the values as
+    [n_blocks*BLOCK, d].
     """
 
     kv = None
 
-    def reserve(self, batch, n_head, n_new, d):
-        """Check that n_new positions fit; allocate memory for batch rows if this has not been done."""
+    def rows(self, batch, n_head, n_new, d):
+        """Return the address, n_past and n_blocks of each row of the batch, and allocate the memory in the first call.
+
+        Raises ValueError if n_new positions do not fit, or if the shape is not that of the first call: the kernel works
+        with addresses.
+        """
         gpt2.check_context(self.n_past, n_new, self.n_max)
+        n_blocks = -(-self.n_max // BLOCK)
+        shape = (batch, n_head, 2, n_blocks * BLOCK * d)
         if self.kv is None:
-            self.n_blocks = -(-self.n_max // LANES)
-            self.kv = np.empty((batch, n_head, 2, self.n_blocks * LANES * d), np.float32)
+            self.kv = np.empty(shape, np.float32)
             self.address = self.kv.ctypes.data
+        elif self.kv.shape != shape:
+            raise ValueError(f"keys and values of shape {shape} for a cache of shape {self.kv.shape}")
+        return [(self.address + i * self.kv.strides[0], self.n_past, n_blocks) for i in range(batch)]
 
     def __setstate__(self, state):
         """Restore a copy, whose keys and values have another address."""
@@ -164,17 +171,12 @@ class KVCache(gpt2.KVCache):
         if self.kv is not None:
             self.address = self.kv.ctypes.data
 
-    def rows(self):
-        """Return the address, n_past and n_blocks of each row."""
-        stride = self.kv.strides[0]
-        return [(self.address + i * stride, self.n_past, self.n_blocks) for i in range(len(self.kv))]
-
     def attend(self, q, k, v):  # [..., n_seq, d], [..., n_seq, d], [..., n_seq, d] -> [..., n_seq, d]
         """Append k and v, then attend from the new positions q to all positions."""
         if not is_supported(q):
             return super().attend(q, k, v)
-        rows = (a.reshape(-1, *a.shape[-3:]) for a in (q, k, v))  # [..., n_head, n_seq, d] -> [b, n_head, n_seq, d]
-        return attend_rows([self], *rows).reshape(q.shape)
+        batch = math.prod(q.shape[:-3])
+        return attend_rows([self], *(a.reshape(batch, *a.shape[-3:]) for a in (q, k, v))).reshape(q.shape)
 
 
 class RowCaches(batching.RowCaches):

@@ -32,7 +32,7 @@ def compiled_model(params, dtype="float32"):
     attention, kernels, quantized = import_kernels()
     model = new_instance()
     model.linear, model.layer_norm, model.gelu = quantized.linear, kernels.layer_norm, kernels.gelu
-    model.attention, model.KVCache = attention.attention, attention.KVCache
+    model.attention, model.KVCache, model.RowCaches = attention.attention, attention.KVCache, attention.RowCaches
     return model, kernels.in_layout(params) if dtype == "float32" else quantized.quantize(params, dtype)
 
 

@@ -13,7 +13,7 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 
 from engines import kernels
-from engines.kernels import TILE, multiply_tile, no_bias, read_only
+from engines.kernels import TILE, WIDTH, multiply_wide, no_bias, read_only
 from engines.vectors import (
     FLOATS,
     INTS,
@@ -63,6 +63,10 @@ class Embedding(NamedTuple):
 
     wte: np.ndarray  # [n_vocab, n_embd]
     T: Int8 | Int4
+
+    @property
+    def shape(self):
+        return self.wte.shape
 
     def __getitem__(self, ids):
         return self.wte[ids]
@@ -143,7 +147,7 @@ def quantized(w, dtype):  # [n_in, n_out]
     """Return a weight as Int8 or Int4; as kernels.transposed() does if the kernels do not fit its shape."""
     w = w.T if w.flags.f_contiguous else kernels.transposed(w).T  # [n_in, n_out] -> [n_out, n_in]
     n_out, n_in = w.shape
-    if n_in % {"int8": LANES, "int4": GROUP}[dtype] or n_out < TILE:
+    if n_in % {"int8": LANES, "int4": GROUP}[dtype] or n_out < WIDTH:
         return read_only(w).T
     if dtype == "int8":
         found = Int8(np.empty((n_out, n_in), np.int8), np.empty(n_out, np.float32))
@@ -175,7 +179,7 @@ def quantize(params, dtype):
 
 @njit
 def multiply_int8(x, w, j, scales, b, y):
-    """Compute y[0, j : j+TILE] of product_int8() from the codes w."""
+    """Compute y[0, j : j+TILE] of product_of_row_int8()."""
     sums = (zero(), zero(), zero(), zero())
     for k in range(0, w.shape[1], LANES):
         if k % LINE == 0:
@@ -188,25 +192,31 @@ def multiply_int8(x, w, j, scales, b, y):
 
 
 @kernel(parallel=True)
+def product_of_row_int8(x, w, scales, b, y):  # [1, n_in], [n_out, n_in], [n_out], [n_out] -> y: [1, n_out]
+    """product_int8() for one row of x."""
+    n_out = w.shape[0]
+    for block in prange(-(-n_out // TILE)):
+        multiply_int8(x, w, min(TILE * block, n_out - TILE), scales, b, y)
+
+
+@kernel(parallel=True)
 def product_int8(x, w, scales, b, y):  # [rows, n_in], [n_out, n_in], [n_out], [n_out] -> y: [rows, n_out]
-    """Write x @ (w * scales).T + b to y, w being codes."""
+    """Write x @ (w * scales).T + b to y, w being codes: WIDTH rows of them at a time as floats."""
     rows, (n_out, n_in) = x.shape[0], w.shape
-    n_blocks = -(-n_out // TILE)
+    n_blocks = -(-n_out // WIDTH)
     for part in prange(PARTS):
-        floats, sums = np.empty((TILE, n_in if rows > 1 else 0), np.float32), np.empty((rows, TILE), np.float32)
+        floats, zeros = np.empty((WIDTH, n_in), np.float32), np.zeros(WIDTH, np.float32)
+        sums = np.empty((rows, WIDTH), np.float32)
         for block in range(part * n_blocks // PARTS, (part + 1) * n_blocks // PARTS):
-            j = min(TILE * block, n_out - TILE)
-            if rows == 1:
-                multiply_int8(x, w, j, scales, b, y)
-                continue
-            for row in range(TILE):
+            j = min(WIDTH * block, n_out - WIDTH)
+            for row in range(WIDTH):
                 for k in range(0, n_in, LANES):
                     prefetch(w, (j + AHEAD + row, k))
                     store(floats, (row, k), load(w, (j + row, k)))
             for i in range(0, rows, TILE):
-                multiply_tile(x, i, floats, 0, np.zeros(TILE, np.float32), sums, 0, 0)
+                multiply_wide(x, i, floats, 0, zeros, sums, 0, 0)
             for i in range(rows):
-                for column in range(TILE):
+                for column in range(WIDTH):
                     y[i, j + column] = sums[i, column] * scales[j + column] + b[j + column]
 
 
@@ -218,7 +228,7 @@ def add_group(x0, x1, offset, low, high, scale, s):
 
 @njit
 def multiply_int4(x, i, w, j, scales, b, y):
-    """Compute y[i, j : j+TILE] of product_int4() from the codes w."""
+    """Compute y[i, j : j+TILE] of product_int4()."""
     s0 = s1 = s2 = s3 = zero()
     for k in range(0, w.shape[1], LANES):
         if k % LINE == 0:
@@ -247,8 +257,9 @@ def linear(x, w, b):  # [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]
     """gpt2.linear for a w that may be quantized."""
     if isinstance(w, np.ndarray):
         return kernels.linear(x, w, b)
-    n_out = len(w.codes)
-    y = np.empty((*x.shape[:-1], n_out), np.float32)
-    run = product_int8 if isinstance(w, Int8) else product_int4
-    run(x.reshape(-1, x.shape[-1]), *w, b if np.ndim(b) else no_bias(n_out), y.reshape(-1, n_out))
-    return y
+    n_out, lead = len(w.codes), x.shape[:-1]
+    x = x.reshape(-1, x.shape[-1])
+    y = np.empty((len(x), n_out), np.float32)
+    run = product_int4 if isinstance(w, Int4) else product_of_row_int8 if len(x) == 1 else product_int8
+    run(x, *w, b if np.ndim(b) else no_bias(n_out), y)
+    return y.reshape(*lead, n_out)

@@ -23,7 +23,8 @@ import gpt2
 
 MAX_DRAFT = 15  # with the token before them 16 rows of the products
 MAX_MATCH = 4  # tokens of the end of the text that Lookup searches for
-DECAY, IDLE_DECAY = 0.9, 0.97  # factors by which the counts of the acceptance rate shrink per pass with and without draft
+DECAY = 0.9  # factor by which the counts of the acceptance rate shrink per pass
+IDLE_DECAY = 0.97  # and without draft tokens if these take time: a drafter that failed is rarely tried again
 
 
 class Lookup:
@@ -84,8 +85,8 @@ class SelfDraft:
     """Drafts the tokens that the model itself chooses with quantized weights and the same random numbers.
 
     cache, sample: the model's cache and sampler. A draft continues the cache; the model then computes the keys and
-    values of the draft tokens again. A copy of the sampler leaves the state of its random numbers as it is; of a sampler
-    that make_sampler did not make, which may have a state that copying misses, the draft is greedy.
+    values of the draft tokens again. Drafting samples with a copy of the sampler, so that the state of its random
+    numbers stays as it is; it is greedy if make_sampler did not make the sampler, as a copy may then share its state.
     """
 
     cost = 0.4  # 0.3 while the memory is slow (bench/quantized.py)
@@ -105,7 +106,7 @@ class SelfDraft:
 
 
 def self_drafter(model, params, n_head):
-    """Return make_drafters of Speculation for a compiled model that drafts for itself, unless the text repeats itself."""
+    """Return the make_drafters of a compiled model that drafts for itself where the text does not repeat itself."""
     from engines.quantized import quantize
 
     draft_params = quantize(params, "int8")
@@ -142,7 +143,7 @@ class AcceptanceRate:
 
     def update(self, n_accepted, n_draft):
         """Count a pass with n_draft tokens; those after the first rejected one were not checked."""
-        decay = DECAY if n_draft else IDLE_DECAY
+        decay = DECAY if n_draft or self.draft_cost == 0 else IDLE_DECAY
         self.accepted = decay * self.accepted + n_accepted
         self.checked = decay * self.checked + min(n_accepted + 1, n_draft)
 

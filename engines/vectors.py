@@ -202,7 +202,7 @@ def arithmetic(operation, instruction):
 
     @overload(operation)
     def overloaded(a, b):
-        return (lambda a, b: apply(a, b)) if a == vector and b == vector else None
+        return (lambda a, b: apply(a, b)) if a == b == vector else None  # noqa: PLW0108 (numba wants these names)
 
 
 for symbol, instruction in {"add": "fadd", "sub": "fsub", "mul": "fmul", "truediv": "fdiv"}.items():

@@ -22,7 +22,7 @@ import pytest
 import engines
 from cli import engine, session
 from encoder import bytes_to_unicode
-from engines.compiled import is_installed
+from engines import compiled
 from tests.conftest import ROOT, TINY
 from tests.programs import SECONDS, assert_mistake, assert_prints, command, run, started
 from tests.random_model import random_tensors, write_byte_vocabulary, write_safetensors
@@ -81,8 +81,7 @@ def letters_flags(letters_dir):
     return ["--model_size", "letters", "--models_dir", str(letters_dir)]
 
 
-needs_numba = pytest.mark.skipif(not is_installed(), reason="needs numba")
-ENGINES = ["numpy", pytest.param("compiled", marks=needs_numba)]
+needs_numba = pytest.mark.usefixtures("compiled_kernels")
 needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
 
 
@@ -134,6 +133,20 @@ def test_no_tokens_and_a_full_context_work_and_one_more_token_is_refused(inside,
 
 
 # Options
+
+
+@pytest.fixture
+def compiled_kernels(monkeypatch):
+    """The test needs numba; no line announces that kernels are compiled, which the first run does."""
+    pytest.importorskip("numba")
+    monkeypatch.setattr("engines.vectors.Announcement.announced", True)
+
+
+@pytest.fixture(params=["numpy", "compiled"])
+def engine_flags(request):
+    if request.param == "compiled":
+        request.getfixturevalue("compiled_kernels")
+    return ["--engine", request.param]
 
 
 def text_of(result):
@@ -260,8 +273,11 @@ def test_without_numba_or_memory_auto_takes_numpy_and_compiled_says_why(inside, 
         words = ["needs about", "1.05 MB are available", "set --engine numpy"]
     else:
         monkeypatch.setitem(sys.modules, "numba", None)
+        import_kernels = compiled.import_kernels.__wrapped__  # which does not remember earlier imports
+        monkeypatch.setattr(compiled, "import_kernels", import_kernels)
+        monkeypatch.setattr(engine, "import_kernels", import_kernels)
         if problem == "numba is not installed":
-            monkeypatch.setattr("engines.compiled.is_installed", lambda: False)
+            monkeypatch.setattr(engine, "is_installed", lambda: False)
         for name in ("attention", "kernels", "quantized", "vectors"):
             monkeypatch.delitem(sys.modules, f"engines.{name}", raising=False)
             monkeypatch.delattr(engines, name, raising=False)
@@ -331,7 +347,6 @@ def damaged_dir(tmp_path_factory, tiny_models_dir, tiny_tensors):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("choice", ENGINES)
 @pytest.mark.parametrize("model", ["nan", "infinite"])
 @pytest.mark.parametrize(
     "flags",
@@ -341,9 +356,11 @@ def damaged_dir(tmp_path_factory, tiny_models_dir, tiny_tensors):
         *("--prompts_file - --output out.jsonl", "x --explain", "x --explain out.html"),
     ],
 )
-def test_damaged_weights_give_one_line_and_no_text(inside, damaged_dir, tmp_path, monkeypatch, choice, model, flags):
+def test_damaged_weights_give_one_line_and_no_text(
+    inside, damaged_dir, tmp_path, monkeypatch, engine_flags, model, flags
+):
     monkeypatch.chdir(tmp_path)
-    flags = flags.split() if "--explain" in flags else [*flags.split(), "--engine", choice]
+    flags = flags.split() if "--explain" in flags else [*flags.split(), *engine_flags]
     code, out, err = inside("--models_dir", damaged_dir, "--model_size", model, *flags, typed=b"x\n")
     assert_mistake((code, out.strip(), err), "the logits are not finite: the weights are damaged")
     assert list(tmp_path.iterdir()) == []

@@ -8,10 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-import engines
 import gpt2
 from engines import batching, compiled
-from tests.conftest import ROOT, TINY, one_line_error, their_logits
+from tests.conftest import ROOT, TINY, their_logits
 from tests.gradients import torch_model
 from tests.random_model import random_tensors
 from utils import load_encoder_hparams_and_params
@@ -240,13 +239,21 @@ def test_a_cache_of_another_batch_is_refused(case):
     assert cache[0].n_past == 5
 
 
-def test_without_numba_the_error_says_what_to_install(monkeypatch):
-    for name in ("attention", "kernels"):
-        monkeypatch.delitem(sys.modules, f"engines.{name}")
-        monkeypatch.delattr(engines, name)
-    monkeypatch.setitem(sys.modules, "numba", None)
-    with one_line_error("numba", "pip install numba", "--engine numpy"):
-        compiled.compiled_model(make_case("heads of 16").plain)
+WITHOUT_NUMBA = """
+import sys
+sys.modules["numba"] = None
+from tests.conftest import TINY
+from tests.random_model import random_tensors
+from weights.names import nest
+from engines.compiled import compiled_model
+compiled_model(nest(random_tensors(TINY), TINY["n_layer"]))
+"""
+
+
+def test_without_numba_the_error_says_what_to_install():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_NUMBA], check=False, cwd=ROOT, capture_output=True)
+    *_, last = done.stderr.decode().splitlines()
+    assert last.startswith("weights.errors.UserError") and "pip install numba" in last and "--engine numpy" in last
 
 
 def test_without_memory_for_the_copy_it_is_refused(monkeypatch):

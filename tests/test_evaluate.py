@@ -12,6 +12,7 @@ import torch
 import evaluate
 from cli import evaluate as evaluate_cli
 from cli import generate
+from engines.compiled import compiled_model
 from tests import gradients
 from tests.conftest import ROOT, assert_transformers_agree, need
 from tests.programs import assert_mistake
@@ -56,6 +57,18 @@ def test_total_loss_is_pytorchs_whatever_the_threads_and_batches(n, context, str
         np.testing.assert_allclose(total_loss(ids, context, stride, threads), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("n", "context", "stride"), SIZES)
+def test_total_loss_of_the_compiled_model(n, context, stride):
+    pytest.importorskip("numba")
+    sizes = HPARAMS | {"n_embd": 16 * HPARAMS["n_head"]}
+    ids, tensors = np.random.default_rng(n).integers(0, sizes["n_vocab"], n).tolist(), random_tensors(sizes)
+    params = nest(tensors, sizes["n_layer"])
+    expected = evaluate.total_loss(ids, params, sizes["n_head"], context, stride)
+    model, params = compiled_model(params)
+    found = evaluate.total_loss(ids, params, sizes["n_head"], context, stride, model=model)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("context", "stride"), [(65, 1), (10, 11), (10, 0)])
 def test_windows_that_do_not_fit_are_refused(context, stride):
     with pytest.raises(ValueError, match=f"stride {stride} <= context {context} <="):
@@ -88,6 +101,27 @@ def test_printed_losses_follow_from_the_total_loss(run, tiny):
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+def test_the_compiled_engine_finds_the_same_losses_and_quantized_weights_are_labelled(run, monkeypatch):
+    pytest.importorskip("numba")
+    expected, threads = run("--engine", "numpy"), []
+    monkeypatch.setattr(evaluate_cli, "set_threads", threads.append)
+    assert run("--engine", "compiled", "--threads", "1")[:2] == expected[:2]
+    for dtype in ("int8", "int4"):
+        code, out, err = run("--dtype", dtype, "--threads", "3")
+        assert code == 0 and f"context 128, stride 64, weights {dtype} (lossy)\n" in out and "lossy" in err
+        found = [float(re.search(r"loss +(\S+)", text)[1]) for text in (out, expected[1])]
+        assert found[0] != found[1] and found[0] == pytest.approx(found[1], rel=0.2)
+    assert threads == [1, 3, 3]
+
+
+def test_threads_of_the_compiled_engine(run):
+    numba = pytest.importorskip("numba")
+    n_most = numba.config.NUMBA_NUM_THREADS
+    for n_asked, n_used in ((1, 1), (n_most + 1, n_most)):
+        assert run("--engine", "compiled", "--threads", str(n_asked))[0] == 0
+        assert numba.get_num_threads() == n_used
+
+
 def test_splits(run):
     found = [run("--split", split)[1].partition(" characters")[0].split()[-1] for split in ("all", "train", "val")]
     assert list(map(int, found)) == [len(TEXT), *map(len, split_text(TEXT).values())]
@@ -100,6 +134,7 @@ def test_splits(run):
         ("--context 10 --stride 11", "text", ["--stride 11", "--context 10"]),
         ("--stride 0", "text", ["--stride"]),
         ("--split test", "text", ["--split"]),
+        ("--engine numpy --dtype int4", "text", ["--dtype int4 needs the compiled engine", "--engine numpy"]),
         ("--threads 1000000000", "text", ["--threads", "the maximum is 1024"]),
         ("", "", ["text.txt is empty"]),
         ("", "a", ["1 tokens", "at least 2"]),

@@ -93,10 +93,11 @@ class Tensor(NDArrayOperatorsMixin):
             if node.pull_back is None:
                 node.grad = np.asarray(gradient.own()) if node.grad is None else node.grad + gradient.total
                 continue
+            shared = gradient.total if len(node.parents) > 1 or not gradient.owned else None
             for parent, part in zip(node.parents, node.pull_back(gradient.total), strict=True):
                 if parent.number not in gradients:
                     gradients[parent.number] = Gradient()
-                gradients[parent.number].add(part, parent.data, gradient.total)
+                gradients[parent.number].add(part, parent.data, shared)
             node.parents, node.pull_back = (), freed
 
 
@@ -144,15 +145,16 @@ class Gradient:
             self.total, self.owned = self.total.copy(), True
         return self.total
 
-    def add(self, part, x, dy):
-        """Add a gradient. x: the array whose gradient this is; dy: the gradient that part was computed from."""
+    def add(self, part, x, shared):
+        """Add a gradient. x: the array whose gradient this is; shared: an array in use of which part may be a view."""
         if isinstance(part, At):
             self.total = np.zeros_like(x) if self.total is None else self.total
             add_at(self.own(), *part)
             return
         part = np.asarray(unbroadcast(part, x.shape), x.dtype)
         if self.total is None:
-            self.total, self.owned = part, part.flags.writeable and not np.may_share_memory(part, dy)
+            is_view = shared is not None and np.may_share_memory(part, shared)
+            self.total, self.owned = part, part.flags.writeable and not is_view
         elif self.owned:
             self.total += part
         else:

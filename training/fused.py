@@ -12,7 +12,6 @@ import numpy as np
 
 import gpt2
 from engines.instance import new_instance
-from training.adamw import adamw  # noqa: F401
 from training.autograd import fuse
 from training.chunks import chunks
 
@@ -78,10 +77,15 @@ def mean_loss_backward(logits, targets, dy):  # [..., n_seq, n_vocab], [..., n_s
     return dx.reshape(logits.shape)
 
 
-cross_entropy = fuse(  # [..., n_seq, n_vocab], [..., n_seq] -> scalar, the mean of token_losses
-    lambda logits, targets: np.mean(token_losses(logits, targets)),
-    lambda dy, y, logits, targets: [mean_loss_backward(logits, targets, float(dy)), None],
-)
+def mean_of(losses, backward):
+    """Return the mean of a function like token_losses as a single operation with a backward pass."""
+    return fuse(
+        lambda logits, targets: np.mean(losses(logits, targets)),
+        lambda dy, y, logits, targets: [backward(logits, targets, float(dy)), None],
+    )
+
+
+cross_entropy = mean_of(token_losses, mean_loss_backward)  # [..., n_seq, n_vocab], [..., n_seq] -> scalar
 
 
 def linear(x, w, b):  # [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]

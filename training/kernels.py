@@ -1,8 +1,7 @@
 """The compiled counterparts of functions in fused.py and adamw.py, with their backward passes, for float32 arrays.
 
-Each kernel runs in the thread that calls it, without Python's global lock: the shards of a batch run at the same time.
-The functions below have the names and arguments of those they replace. They need a last axis that is a multiple of
-LANES; the caller checks that (fits). docs/backward.md derives the backward passes.
+Each kernel runs in the thread that calls it, without Python's global lock, so that the shards of a batch run at the same
+time. The functions have the names and arguments of those they replace. docs/backward.md derives the backward passes.
 """
 
 import math
@@ -18,7 +17,7 @@ from training.autograd import fuse
 BLOCK = 32  # queries whose attention weights are in the processor's cache at a time
 
 
-def rows(x):  # [..., n] -> [rows, n]
+def flat(x):  # [..., n] -> [rows, n]
     return np.ascontiguousarray(x).reshape(-1, x.shape[-1])
 
 
@@ -54,7 +53,7 @@ def gelu_backward(dy, x):  # [..., n], [..., n] -> [..., n]
 
 def layer_norm(x, g, b, eps=1e-5):  # [..., n], [n], [n] -> [..., n]
     y = np.empty(x.shape, np.float32)
-    normalize(rows(x), g, b, eps, rows(y))
+    normalize(flat(x), g, b, eps, flat(y))
     return y
 
 
@@ -87,7 +86,7 @@ def normalize_backward(dy, x, g, eps, dx, dg, db):  # [rows, n], [rows, n], [n] 
 
 def layer_norm_backward(dy, x, g, eps=1e-5):  # [..., n], [..., n], [n] -> [..., n], [n], [n]
     dx, dg, db = np.empty(x.shape, np.float32), np.zeros_like(g), np.zeros_like(g)
-    normalize_backward(rows(dy), rows(x), g, eps, rows(dx), dg, db)
+    normalize_backward(flat(dy), flat(x), g, eps, flat(dx), dg, db)
     return dx, dg, db
 
 
@@ -164,21 +163,20 @@ def attention_weights(q, keys, first, p):  # [block, d], [d, n_keys] -> p: [bloc
 def drop(p, mask, first, scale):
     """Apply dropout to the weights of queries from position `first` on; a mask without rows keeps all."""
     if len(mask):
-        zero_weight = np.float32(0)
         for t in range(p.shape[0]):
-            for j in range(mask.shape[1]):
-                p[t, j] = p[t, j] * scale if mask[first + t, j] else zero_weight
+            for j in range(0, p.shape[1], LANES):
+                store(p, (t, j), load(p, (t, j)) * load(mask, (first + t, j)) * splat(scale))
 
 
 @njit
-def head_forward(q, k, v, mask, scale, y):  # [n, d], [n, d], [n, d], [n, n] -> y: [n, d]
+def head_forward(q, k, v, mask, scale, y):  # [n, d], [n, d], [n, d], [n, n'] -> y: [n, d]
     n, keys = q.shape[0], transposed(k)
     blocks = np.empty((BLOCK, keys.shape[1]), np.float32)
     for i in range(0, n, BLOCK):
         stop = min(i + BLOCK, n)
         p = blocks[: stop - i, : padded(stop)]  # keys after `stop` have no weight
         attention_weights(q[i:stop], keys, i, p)
-        drop(p[:, :stop], mask[:, :stop], i, scale)
+        drop(p, mask, i, scale)
         add_product(p[:, :stop], v[:stop], y[i:stop])
 
 
@@ -193,11 +191,11 @@ def head_backward(dy, q, k, v, mask, scale, dq, dk, dv):  # [n, d] * 4, [n, n] -
         p, dropped, ds = block[0], block[1], block[2]
         attention_weights(q[i:stop], keys, i, p)
         dropped[:] = p
-        drop(dropped[:, :stop], mask[:, :stop], i, scale)
+        drop(dropped, mask, i, scale)
         add_product(dropped[:, :stop].T, dy[i:stop], dv[:stop])
         ds[:] = 0
         add_product(dy[i:stop], values[:, : padded(stop)], ds)
-        drop(ds[:, :stop], mask[:, :stop], i, scale)
+        drop(ds, mask, i, scale)
         for t in range(stop - i):
             s = zero()
             for j in range(0, p.shape[1], LANES):
@@ -280,7 +278,7 @@ def row_losses(x, targets, losses):  # [rows, n], [rows] -> losses: [rows]
 
 def token_losses(logits, targets):  # [..., n_seq, n_vocab], [..., n_seq] -> [..., n_seq]
     losses = np.empty(targets.shape, np.float32)
-    row_losses(rows(logits), np.ascontiguousarray(targets).reshape(-1), losses.reshape(-1))
+    row_losses(flat(logits), np.ascontiguousarray(targets).reshape(-1), losses.reshape(-1))
     return losses
 
 
@@ -300,7 +298,7 @@ def row_losses_backward(x, targets, dy, dx):  # [rows, n], [rows] -> dx: [rows, 
 
 def mean_loss_backward(logits, targets, dy):  # [..., n_seq, n_vocab], [..., n_seq] -> [..., n_seq, n_vocab]
     dx = np.empty(logits.shape, np.float32)
-    row_losses_backward(rows(logits), np.ascontiguousarray(targets).reshape(-1), dy / targets.size, rows(dx))
+    row_losses_backward(flat(logits), np.ascontiguousarray(targets).reshape(-1), dy / targets.size, flat(dx))
     return dx
 
 
@@ -342,21 +340,21 @@ def training_model(dropout=0.0):
 
     def with_mask(q, k, v):
         n = q.shape[-2] if dropout else 0
-        return fused_attention(q, k, v, drop.mask((*q.shape[:-2], n, n)))
+        mask = drop.mask((*q.shape[:-2], n, n)).view(np.int8)
+        if n % LANES:  # the kernel reads whole vectors
+            mask = np.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, -n % LANES)])
+        return fused_attention(q, k, v, mask)
 
     model.attention = select(with_mask, model.attention)
-    model.cross_entropy = fuse(
-        lambda logits, targets: np.mean(token_losses(logits, targets)),
-        lambda dy, y, logits, targets: [mean_loss_backward(logits, targets, float(dy)), None],
-    )
+    model.cross_entropy = select(fused.mean_of(token_losses, mean_loss_backward), model.cross_entropy, multiple=1)
     return model
 
 
-def select(compiled, otherwise):
-    """Return a function that calls `compiled` if its first argument fits the kernels."""
+def select(compiled, otherwise, multiple=LANES):
+    """Return a function that calls `compiled` if its first argument is float32 and its last axis such a multiple."""
 
     def function(x, *args, **kwargs):
-        fits = x.dtype == np.float32 and x.shape[-1] % LANES == 0
+        fits = x.dtype == np.float32 and x.shape[-1] % multiple == 0
         return (compiled if fits else otherwise)(x, *args, **kwargs)
 
     return function

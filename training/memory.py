@@ -15,10 +15,10 @@ def training_bytes(n_params, n_layer, n_tokens, n_outputs, n_scores, n_shards=1,
     """Return a lower bound of the peak memory of training with AdamW.
 
     n_tokens: tokens per batch. n_outputs: elements per token of the outputs of all linear layers, the logits included.
-    n_scores: elements per token of the attention scores of all layers. n_shards: parts of the batch with gradients of
+    n_scores: elements per token of the attention scores of all layers that are kept. n_shards: parts of the batch with gradients of
     their own. accumulates: whether the gradients of an earlier batch are kept during the forward pass.
     """
-    activations = n_tokens * (2 * n_outputs + 3 * n_scores)  # x @ w and + b; q @ k.T, + mask and softmax
+    activations = n_tokens * (n_outputs + 3 * n_scores)  # q @ k.T, + mask and softmax
     most = max(activations, n_shards * n_params)  # gradients replace activations as the backward pass proceeds
     return FLOAT * ((3 + accumulates) * n_params + most) + n_layer * LAYER_OBJECTS  # 3: parameters and two moments
 

@@ -8,6 +8,7 @@ from training.fields import Count, Fraction, Positive, PositiveRate, Rate
 
 SHARD_TOKENS = 256  # minimum per shard; below it, adding up gradients costs more time than another thread saves
 MAX_THREADS = 1024
+ENGINES = ("auto", "numpy", "compiled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class Options:
     eval_interval: Positive = 250  # steps
     eval_iters: Positive = 20  # batches per split
 
-    engine: str = "auto"  # or "numpy", "compiled"
+    engine: Annotated[str, lambda name: name in ENGINES] = "auto"
     threads: Annotated[int, lambda n: 1 <= n <= MAX_THREADS] = 1
 
     @property

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import math
-import os
 import signal
 import threading
 import time
@@ -15,6 +14,7 @@ from threadpoolctl import threadpool_limits
 from encoder import END_OF_TEXT
 from engines.allocator import keep_all_freed_memory
 from training import fused
+from training.adamw import adamw
 from training.checkpoint import save_checkpoint
 from training.dataset import even_windows, random_windows
 from training.loss import estimate_loss, loss_and_gradients
@@ -23,22 +23,21 @@ from weights.names import nest
 from weights.safetensors_file import save_params
 
 
-def training_functions(engine):
-    """Return the module whose training_model() and adamw() to use: kernels if the engine is compiled, else fused.
+def functions_of(engine):
+    """Return (training_model, adamw), the functions of an engine: "numpy", "compiled", or "auto".
 
-    engine: "numpy", "compiled", or "auto", which is compiled if numba is installed. Raises UserError without numba.
+    auto is compiled if numba is installed. Raises UserError for compiled without numba.
     """
     if engine == "numpy":
-        return fused
+        return fused.training_model, adamw
     try:
         from training import kernels
     except ImportError as error:
         if engine == "auto":
-            return fused
-        raise UserError(
-            f"the compiled engine needs numba ({error}); pip install numba, or set --engine numpy"
-        ) from None
-    return kernels
+            return fused.training_model, adamw
+        message = f"the compiled engine needs numba ({error}); pip install numba, or set --engine numpy"
+        raise UserError(message) from None
+    return kernels.training_model, kernels.adamw
 
 
 class Trainer:
@@ -53,10 +52,9 @@ class Trainer:
         self.hparams, self.tensors, self.optimizer = plan.hparams, plan.optimizer.tensors, plan.optimizer
         self.params = nest(self.tensors, self.hparams["n_layer"])  # the same arrays, as gpt2() takes them
         self.n_shards = self.options.n_shards
-        functions = fused if os.environ.get("NOK") else training_functions(self.options.engine)
-        self.optimizer.adamw = functions.adamw
-        self.models = [functions.training_model(self.options.dropout) for _ in range(self.n_shards)]
-        self.eval_model = functions.training_model()
+        training_model, self.optimizer.adamw = functions_of(self.options.engine)
+        self.models = [training_model(self.options.dropout) for _ in range(self.n_shards)]
+        self.eval_model = training_model()
         keep_all_freed_memory()
 
     @contextlib.contextmanager
