@@ -171,7 +171,7 @@ def training_memory(stage, n_vocab, options):
     sizes = shapes(stage, n_vocab, options)
     n_layer = options["Nx"] if includes(stage, "blocks") else int(includes(stage, "attention"))
     n_head = options["h"] if includes(stage, "heads") else 1
-    n_outputs = n_vocab + sum(shape[1] for name, shape in sizes.items() if name.endswith("/w"))
+    n_outputs = 2 * n_vocab + sum(shape[1] for name, shape in sizes.items() if name.endswith("/w"))
     n_tokens, n_scores = options["batch_size"] * options["block_size"], n_layer * n_head * options["block_size"]
     return training_bytes(n_params(sizes), n_layer, n_tokens, n_outputs, n_scores)
 

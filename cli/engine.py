@@ -3,7 +3,7 @@
 import sys
 
 import gpt2
-from engines.compiled import compiled_model, import_kernels, is_installed
+from engines.compiled import KernelError, compiled_model, import_kernels, is_installed
 from weights.errors import UserError
 
 # What auto knows about time, in seconds: medians on two cores of Zen 4, 124M shape (bench/start.py, bench/batching.py)
@@ -63,6 +63,8 @@ def model_and_params(options, params, worth_it):
     if options.engine == "auto" and worth_it and is_installed():
         try:
             return compiled_model(params)
+        except KernelError as error:
+            print(f"note: {error}".replace("\n", " "), file=sys.stderr)
         except UserError:  # numba cannot be imported, or memory is short
             pass
     return gpt2, params

@@ -8,11 +8,17 @@ import functools
 import importlib.util
 import sys
 
+import numpy as np
+
 from engines.instance import new_instance
 from weights.errors import UserError
 from weights.resources import check_memory
 
 BYTES = {"float32": 4, "int8": 1, "int4": 5 / 8}  # of a weight with its share of the scales
+
+
+class KernelError(UserError):
+    """numba is there and does not compile the kernels."""
 
 
 def is_installed():
@@ -41,10 +47,14 @@ def import_kernels():
     """Return the modules of the kernels; print a line if what they compile cannot be kept for the next run."""
     try:
         from engines import attention, kernels, quantized, vectors
+
+        kernels.gelu(np.zeros(vectors.LANES, np.float32))  # compiled when it is first called
     except ImportError as error:
         raise UserError(
             f"the compiled engine needs numba ({error}); pip install numba, or set --engine numpy"
         ) from None
+    except Exception as error:  # of numba: a setting in the environment, or a kernel that does not compile here
+        raise KernelError(f"numba cannot compile the kernels ({error}); set --engine numpy") from None
     if vectors.UNCACHED:
         print("note: no folder to keep compiled kernels in: set NUMBA_CACHE_DIR to one", file=sys.stderr)
     return attention, kernels, quantized

@@ -103,15 +103,16 @@ def test_truncated_cache(d):
 
 @pytest.mark.parametrize("d", [12, 64])
 def test_copies_are_independent(d):
+    """Each goes on after the same beginning; in turns, so that one would overwrite what the other reads next."""
     qkv, cache = random_qkv(4, n_seq=70, d=d), KVCache(70)
     assert copy.deepcopy(cache).n_past == 0
+    other = [np.concatenate([a[:, :30], -a[:, 30:]], axis=1) for a in qkv]
     cache.attend(*positions(qkv, 0, 30))
-    twin = copy.deepcopy(cache)
-    twin.attend(*positions([-a for a in qkv], 30, 70))
-    result = cache.attend(*positions(qkv, 30, 70))
-    np.testing.assert_array_equal(result, in_parts(qkv, [30, 70], KVCache(70))[..., 30:, :])
-    twin.n_past = 30
-    np.testing.assert_array_equal(twin.attend(*positions(qkv, 30, 70)), result)
+    pairs = (cache, qkv), (copy.deepcopy(cache), other)
+    expected = [in_parts(a, [30, 50, 70], KVCache(70)) for _, a in pairs]
+    for i, j in ((30, 50), (50, 70)):
+        for (own, a), results in zip(pairs, expected, strict=True):
+            np.testing.assert_array_equal(own.attend(*positions(a, i, j)), results[:, i:j])
 
 
 def test_memory_beyond_the_positions_is_not_used(monkeypatch):

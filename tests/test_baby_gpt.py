@@ -229,12 +229,12 @@ def test_a_seed_repeats_a_run(run):
 
 
 def test_the_estimate_of_memory_counts_outputs_scores_and_parameters():
-    """Of 21 tokens: the logits twice; after that the outputs of each linear layer twice, and the scores three times."""
+    """Of 21 tokens: the logits and their gradient, the outputs of each linear layer, and the scores three times."""
     for stage, n_layer, outputs in (("bigram", 0, 0), ("scaled", 1, 9 + 10), ("residual", 2, 36 + 10 + 40 + 10)):
         found = baby_gpt.training_memory(stage, N_VOCAB, SMALL) - 50_000 * n_layer
         n_params = sum(map(math.prod, baby_gpt.shapes(stage, N_VOCAB, SMALL).values()))
         scores = n_layer * 7 * (4 if stage == "residual" else 1)
-        activations = 21 * (2 * (N_VOCAB + n_layer * outputs) + 3 * scores)
+        activations = 21 * (2 * N_VOCAB + n_layer * outputs + 3 * scores)
         assert found == 4 * (3 * n_params + max(activations, n_params))
 
 

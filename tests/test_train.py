@@ -724,14 +724,16 @@ from training.checkpoint import State
 from training.initialization import gpt2_deviation, initial_tensors
 from training.options import Options
 from training.plan import Plan, new_optimizer
-from training.trainer import Trainer
+from training.trainer import Trainer, functions_of
 from weights.names import tensor_shapes
 
 def memory(name):
     with open("/proc/self/status", encoding="utf-8") as f:
         return 1024 * int(re.search(name + r":\\s*(\\d+) kB", f.read())[1])
 
-options, hparams, before = eval(sys.argv[1]), eval(sys.argv[2]), memory("VmRSS")
+options, hparams = eval(sys.argv[1]), eval(sys.argv[2])
+functions_of(options.engine)  # imports numba
+before = memory("VmRSS")
 optimizer = new_optimizer(initial_tensors(tensor_shapes(**hparams), 0, gpt2_deviation(hparams["n_layer"])), options)
 data = {"train": np.arange(999, dtype=np.uint16) % 99}
 state = State(tokens={}, val_chars_per_token=1.0)

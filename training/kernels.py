@@ -1,7 +1,8 @@
 """The compiled counterparts of functions in fused.py and adamw.py, with their backward passes, for float32 arrays.
 
-Each kernel runs in the thread that calls it, without Python's global lock, so that the shards of a batch run at the same
-time. The functions have the names and arguments of those they replace. docs/backward.md derives the backward passes.
+Each kernel runs in the thread that calls it, without Python's global lock, so that the shards of a batch run at the
+same time. The functions have the names and arguments of those they replace. docs/backward.md derives the backward
+passes.
 """
 
 import math

@@ -4,6 +4,7 @@ Measured peaks are 1.1 to 2 times as high, because the estimate leaves out layer
 dropout, and the temporary arrays of the backward pass. tests/test_train.py compares both.
 """
 
+from engines.compiled import is_installed
 from weights.names import count_params
 from weights.resources import check_memory
 
@@ -14,13 +15,19 @@ LAYER_OBJECTS = 50_000  # bytes per layer: the arrays, and the operations record
 def training_bytes(n_params, n_layer, n_tokens, n_outputs, n_scores, n_shards=1, accumulates=False):
     """Return a lower bound of the peak memory of training with AdamW.
 
-    n_tokens: tokens per batch. n_outputs: elements per token of the outputs of all linear layers, the logits included.
-    n_scores: elements per token of the attention scores of all layers that are kept. n_shards: parts of the batch with gradients of
-    their own. accumulates: whether the gradients of an earlier batch are kept during the forward pass.
+    n_tokens: tokens per batch. n_outputs: elements per token of the outputs of all linear layers, the logits, and the
+    gradient of the logits. n_scores: elements per token of the attention scores of all layers, as far as they are kept
+    for the backward pass. n_shards: parts of the batch with gradients of their own. accumulates: whether the gradients
+    of an earlier batch are kept during the forward pass.
     """
     activations = n_tokens * (n_outputs + 3 * n_scores)  # q @ k.T, + mask and softmax
     most = max(activations, n_shards * n_params)  # gradients replace activations as the backward pass proceeds
     return FLOAT * ((3 + accumulates) * n_params + most) + n_layer * LAYER_OBJECTS  # 3: parameters and two moments
+
+
+def keeps_scores(options, hparams):
+    """Return whether attention is gpt2.py's: the compiled one, for heads of 16, 32, ..., computes the scores twice."""
+    return options.engine == "numpy" or not is_installed() or hparams["n_embd"] // hparams["n_head"] % 16 != 0
 
 
 def check_training_memory(options, hparams):
@@ -30,8 +37,8 @@ def check_training_memory(options, hparams):
         count_params(**hparams),
         n_layer,
         n_tokens=options.batch_size * options.block_size,
-        n_outputs=n_layer * 9 * hparams["n_embd"] + hparams["n_vocab"],  # 3 + 1 + 4 + 1 times n_embd per layer
-        n_scores=n_layer * hparams["n_head"] * options.block_size,
+        n_outputs=n_layer * 9 * hparams["n_embd"] + 2 * hparams["n_vocab"],  # 3 + 1 + 4 + 1 times n_embd per layer
+        n_scores=n_layer * hparams["n_head"] * options.block_size * keeps_scores(options, hparams),
         n_shards=options.n_shards,
         accumulates=options.gradient_accumulation_steps > 1,
     )
