@@ -1,9 +1,9 @@
-"""Peak memory of gpt2.py in a full context, for OpenAI's four shapes: python bench/memory.py [SIZE ...]
+"""Peak memory of gpt2.py in a full context, for OpenAI's four shapes and each engine: python bench/memory.py [SIZE ...]
 
 For each shape, a model with random weights is written to a temporary folder (1558M takes 6.2 GB of disk; TMPDIR says
 where), and gpt2.py generates one token after a prompt that fills the rest of the context. Private memory is that of
-NumPy's arrays, of which the key/value cache is one part, and of Python; mapped memory is the file of the weights.
-Linux only.
+NumPy's arrays, of which the key/value cache and copied weights are parts, and of Python; mapped memory is the file of
+the weights, which the system may drop from memory and read again. Linux only.
 """
 
 import pathlib
@@ -33,8 +33,10 @@ def peaks(command):
     return list(largest.values())
 
 
-def row(size):
+def rows(size):
+    """The table's rows for a shape, one per engine."""
     hparams = HPARAMS[size]
+    cache = 2 * 4 * hparams["n_layer"] * hparams["n_ctx"] * hparams["n_embd"]
     with tempfile.TemporaryDirectory(prefix="memory-") as folder:
         model_dir = pathlib.Path(folder) / size
         model_dir.mkdir()
@@ -42,15 +44,15 @@ def row(size):
         write_safetensors(model_dir, hparams, some_tensors(hparams))
         prompt = "a" * (hparams["n_ctx"] - 1)
         command = [sys.executable, str(ROOT / "gpt2.py"), prompt, "--model_size", size, "--models_dir", folder]
-        private, mapped, both = peaks([*command, "--n_tokens_to_generate", "1"])
-    cache = 2 * 4 * hparams["n_layer"] * hparams["n_ctx"] * hparams["n_embd"]
-    return [size, *(f"{n / 1e9:.2f}" for n in (mapped, private, cache, both))]
+        for option in ("--engine numpy", "--engine compiled", "--dtype int8", "--dtype int4"):
+            private, mapped, both = peaks([*command, "--n_tokens_to_generate", "1", *option.split()])
+            yield [size, option, *(f"{n / 1e9:.2f}" for n in (mapped, private, cache, both))]
 
 
 def main():
     print(machine())
-    head = ["model", "mapped GB", "private GB", "of which key/value cache GB", "peak GB"]
-    table(head, [row(size) for size in sys.argv[1:] or HPARAMS])
+    head = ["model", "engine", "mapped GB", "private GB", "of which key/value cache GB", "peak GB"]
+    table(head, [row for size in sys.argv[1:] or HPARAMS for row in rows(size)])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The time of a warm start: python bench/start.py [ROUNDS]
 
-Runs the whole process that prints one token after a 32-token prompt, in turns with a process that only imports NumPy,
-and measures the peak of its private memory (anonymous pages, without the memory-mapped weights). Linux only.
+Runs whole processes that print 1 and 40 tokens after a 32-token prompt, in turns with a process that only imports
+NumPy, and measures the peak of their private memory (anonymous pages, without the memory-mapped weights). Linux only.
 """
 
 import pathlib
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from common import MODELS_DIR, NAME, ROOT, machine, median, model_124m, table
+from common import MODELS_DIR, NAME, ROOT, in_turn, machine, median, model_124m, table
 
 
 def wall(command):
@@ -36,18 +36,28 @@ def main():
     prompt = " a"  # one token of OpenAI's vocabulary, two of bytes
     while len(encoder.encode(prompt)) < 32:
         prompt += " a"
-    n_prompt = len(encoder.encode(prompt))
-    python = sys.executable
+    n_prompt, python = len(encoder.encode(prompt)), sys.executable
     script = [python, str(ROOT / "gpt2.py"), prompt, "--model_size", NAME, "--models_dir", str(MODELS_DIR)]
-    ours, theirs = [*script, "--n_tokens_to_generate", "1"], [python, "-c", "import numpy"]
-    for command in (ours, theirs):
+    commands = {("import numpy", ""): [python, "-c", "import numpy"]}
+    for n in (1, 40):
+        for engine in ("auto", "numpy", "compiled"):
+            commands[engine, n] = [*script, "--engine", engine, "--n_tokens_to_generate", str(n)]
+    for command in commands.values():
         wall(command)
-    pairs = [(wall(ours), wall(theirs)) for _ in range(rounds)]
-    a, b = zip(*pairs, strict=True)
-    ratio = median(x / y for x, y in pairs)
-    print(f"{machine()}; {n_prompt}-token prompt, 1 token, medians of {rounds} rounds in turns")
-    head = ["warm start s", "import numpy s", "times import numpy", "peak private MB"]
-    table(head, [[f"{median(a):.3f}", f"{median(b):.3f}", f"{ratio:.2f}", f"{peak_private_mb(ours):.0f}"]])
+    spent = {key: [] for key in commands}
+    for turn in range(rounds):
+        for key in in_turn(list(commands), turn):
+            spent[key].append(wall(commands[key]))
+    print(f"{machine()}; {n_prompt}-token prompt, medians of {rounds} rounds in turns")
+    imported, *keys = spent
+    rows = [[*imported, f"{median(spent[imported]):.3f}", "", "", ""]]
+    for key in keys:
+        ratios = [
+            f"{median(a / b for a, b in zip(spent[key], spent[other], strict=True)):.2f}"
+            for other in (imported, ("numpy", key[1]))
+        ]
+        rows.append([*key, f"{median(spent[key]):.3f}", *ratios, f"{peak_private_mb(commands[key]):.0f}"])
+    table(["engine", "tokens", "warm start s", "times import numpy", "times numpy", "peak private MB"], rows)
 
 
 if __name__ == "__main__":

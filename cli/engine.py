@@ -6,12 +6,12 @@ import gpt2
 from engines.compiled import KernelError, compiled_model, import_kernels, is_installed
 from weights.errors import UserError
 
-# What auto knows about time, in seconds: medians on two cores of Zen 4, 124M shape (bench/start.py, bench/batching.py)
-START = 0.5  # importing numba and loading the kernels
-COPY = 0.3e-9  # copying the weights, per parameter
-SAVED_PER_TOKEN = 0.06e-9  # by the compiled engine, per parameter, in a pass of one token
-SAVED_PER_BATCH = 0.25e-9  # in a pass of several rows
-SAVED_PER_PROMPT_TOKEN = 0.004e-9  # in a prefill, per token of the prompt
+# In seconds, on two cores of Zen 4 with a model of 124M's shape: medians of runs in turns with NumPy
+START = 0.8  # importing numba and loading the kernels
+COPY = 2e-9  # transposing the weights, per parameter
+SAVED_PER_TOKEN = 0.03e-9  # by a compiled pass over one token, per parameter, where memory is slow
+SAVED_PER_BATCH = 0.24e-9  # by a compiled pass over several rows, per parameter
+SAVED_PER_PROMPT_TOKEN = 0.002e-9  # by a compiled prefill, per parameter and token
 
 
 def add_engine_options(add):

@@ -12,12 +12,14 @@ import gpt2_pico
 from engines.instance import recording
 from tests import gradients
 from tests.random_model import random_tensors
-from training import fused
+from training import fused, kernels
 from training.autograd import OPERATIONS, Tensor, fuse
 from training.loss import estimate_loss, lm_loss, loss_and_gradients
 from weights.names import nest
 
 HPARAMS = gradients.HPARAMS | {"n_layer": 2}
+WIDE = HPARAMS | {"n_vocab": 301, "n_head": 3}  # heads of 16 elements, for which attention is compiled
+MODELS = ["gpt2", "fused", "compiled"]
 
 
 def rand(*shape):
@@ -234,17 +236,19 @@ def test_random_expressions_have_pytorchs_gradients(seed):
 # GPT-2 itself
 
 
-@pytest.mark.parametrize("model", [gpt2, fused.training_model()], ids=["gpt2", "fused"])
+@pytest.mark.parametrize("model", [gpt2, fused.training_model(), kernels.training_model()], ids=MODELS)
 def test_gradients_of_every_parameter_are_pytorchs_and_the_finite_differences(model):
     """Within 1e-4 of PyTorch's in float32, and within 1e-6 of central differences in float64."""
-    rows = list(gradients.table(HPARAMS, model, (2, 20)))
-    assert len(rows) == 4 + 12 * HPARAMS["n_layer"]
+    rows = list(gradients.table(WIDE, model, (2, 37)))
+    assert len(rows) == 4 + 12 * WIDE["n_layer"]
     for name, _, to_pytorch, to_differences in rows:
         assert to_pytorch < 1e-4, name
         assert to_differences < 1e-6, name
 
 
-@pytest.mark.parametrize("model", [gpt2, fused.training_model(), gpt2_pico], ids=["gpt2", "fused", "pico"])
+@pytest.mark.parametrize(
+    "model", [gpt2, fused.training_model(), kernels.training_model(), gpt2_pico], ids=[*MODELS, "pico"]
+)
 def test_losses_are_pytorchs_and_gradients_float32(model):
     """gpt2_pico, which is differentiable unchanged, takes one sequence."""
     inputs, targets = gradients.batch(shape=(20,) if model is gpt2_pico else (3, 20))
@@ -264,9 +268,10 @@ def test_losses_are_pytorchs_and_gradients_float32(model):
 # The fused functions, one by one
 
 
-@pytest.mark.parametrize("shape", [(500,), (2, 3, 4, 5), (400, 300)])
-def test_fused_functions_are_gpt2s_forward_and_pytorchs_backward(shape):
-    model, rng = fused.training_model(), np.random.default_rng(0)
+@pytest.mark.parametrize("shape", [(500,), (2, 3, 4, 5), (400, 300), (48,), (2, 3, 4, 48)])
+@pytest.mark.parametrize("make", [fused.training_model, kernels.training_model])
+def test_fused_functions_are_gpt2s_forward_and_pytorchs_backward(shape, make):
+    model, rng = make(), np.random.default_rng(0)
     x, dy = rng.standard_normal((2, *shape), dtype=np.float32)
     g, b = rng.standard_normal((2, shape[-1]), dtype=np.float32)
     functional, leaves = torch.nn.functional, [torch.tensor(a, requires_grad=True) for a in (x, g, b)]
@@ -278,7 +283,7 @@ def test_fused_functions_are_gpt2s_forward_and_pytorchs_backward(shape):
     for name, arrays, theirs in cases:
         tensors = list(map(Tensor, arrays))
         y = getattr(model, name)(*tensors)
-        np.testing.assert_array_equal(y.data, getattr(gpt2, name)(*arrays))
+        np.testing.assert_allclose(y.data, getattr(gpt2, name)(*arrays), rtol=1e-5, atol=1e-6)
         np.sum(y * dy).backward()
         leaves[0].grad = None
         (theirs * torch.from_numpy(dy)).sum().backward()
@@ -286,19 +291,48 @@ def test_fused_functions_are_gpt2s_forward_and_pytorchs_backward(shape):
             np.testing.assert_allclose(tensor.grad, leaf.grad.numpy(), rtol=1e-3, atol=atol)
 
 
-@pytest.mark.parametrize("shape", [(7,), (4, 5, 3)])
-def test_cross_entropy_is_pytorchs_and_finite_for_extreme_logits(shape):
-    rng = np.random.default_rng(0)
-    logits, targets = 5 * rng.standard_normal((*shape, 11), dtype=np.float32), rng.integers(0, 11, shape)
+@pytest.mark.parametrize("functions", [fused, kernels])
+@pytest.mark.parametrize("shape", [(7, 11), (4, 5, 3, 37)])
+def test_cross_entropy_is_pytorchs_and_finite_for_extreme_logits(shape, functions):
+    *lead, n = shape
+    rng, cross_entropy = np.random.default_rng(0), functions.training_model().cross_entropy
+    logits, targets = 5 * rng.standard_normal(shape, dtype=np.float32), rng.integers(0, n, lead)
     ours, theirs = Tensor(logits), torch.tensor(logits, requires_grad=True)
-    loss = fused.cross_entropy(ours, targets)
-    expected = torch.nn.functional.cross_entropy(theirs.reshape(-1, 11), torch.from_numpy(targets).reshape(-1))
+    loss = cross_entropy(ours, targets)
+    expected = torch.nn.functional.cross_entropy(theirs.reshape(-1, n), torch.from_numpy(targets).reshape(-1))
     loss.backward()
     expected.backward()
-    np.testing.assert_allclose([loss.data, fused.cross_entropy(logits, targets)], expected.item(), rtol=1e-6)
+    np.testing.assert_allclose([loss.data, cross_entropy(logits, targets)], expected.item(), rtol=1e-6)
     np.testing.assert_allclose(ours.grad, theirs.grad.numpy(), rtol=1e-4, atol=1e-8)
     logits = np.array([[1e4, 0, -1e4], [-1e4, 0, 1e4]], dtype=np.float32)
-    np.testing.assert_allclose(fused.token_losses(logits, np.array([0, 1])), [0, 1e4])
+    np.testing.assert_allclose(functions.token_losses(logits, np.array([0, 1])), [0, 1e4])
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 16), (2, 3, 70, 48), (1, 2, 32, 64)])
+def test_compiled_attention_is_gpt2s_forward_and_pytorchs_backward(shape):
+    q, k, v, dy = np.random.default_rng(0).standard_normal((4, *shape), dtype=np.float32)
+    tensors, leaves = list(map(Tensor, (q, k, v))), [torch.tensor(a, requires_grad=True) for a in (q, k, v)]
+    y = kernels.training_model().attention(*tensors)
+    np.testing.assert_allclose(y.data, gpt2.attention(q, k, v), rtol=1e-4, atol=1e-5)
+    np.sum(y * dy).backward()
+    theirs = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
+    (theirs * torch.from_numpy(dy)).sum().backward()
+    for tensor, leaf in zip(tensors, leaves, strict=True):
+        np.testing.assert_allclose(tensor.grad, leaf.grad.numpy(), rtol=1e-3, atol=2e-5)
+
+
+def test_both_engines_have_the_same_loss_and_gradients_with_dropout():
+    """They sample the same masks in the same order; 37 positions are not a multiple of a vector."""
+    tensors, (inputs, targets) = random_tensors(WIDE), gradients.batch(WIDE, (2, 37))
+    results = []
+    for make in (fused.training_model, kernels.training_model):
+        model = make(0.3)
+        model.drop.seed(5)
+        results.append(loss_and_gradients(tensors, WIDE, inputs, targets, model))
+    (expected, theirs), (loss, found) = results
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    for name in tensors:
+        assert gradients.relative_error(found[name], theirs[name]) < 1e-4, name
 
 
 # Dropout

@@ -23,6 +23,7 @@ import engines
 from cli import engine, session
 from encoder import bytes_to_unicode
 from engines import compiled
+from engines.compiled import import_kernels
 from tests.conftest import ROOT, TINY
 from tests.programs import SECONDS, assert_mistake, assert_prints, command, run, started
 from tests.random_model import random_tensors, write_byte_vocabulary, write_safetensors
@@ -218,8 +219,9 @@ GPT2_124M, GPT2_1558M, TINY_GPT = 124_439_808, 1_557_611_200, 2_800_000  # param
 @pytest.mark.parametrize(
     ("n_params", "n_prompt_tokens", "n_passes", "n_rows", "expected"),
     [
-        *((GPT2_124M, 32, 1, 1, False), (GPT2_124M, 5, 500, 1, True), (GPT2_124M, 5, 40, 8, True)),
-        *((TINY_GPT, 20, 100, 1, False), (TINY_GPT, 20, 1, 8, False), (GPT2_1558M, 32, 40, 1, True)),
+        *((GPT2_124M, 32, 1, 1, False), (GPT2_124M, 32, 40, 1, False), (GPT2_124M, 5, 900, 1, True)),
+        *((GPT2_124M, 5, 40, 8, True), (GPT2_124M, 1000, 5, 1, False), (GPT2_124M, 100_000, 0, 1, True)),
+        *((TINY_GPT, 20, 500, 1, False), (TINY_GPT, 20, 100, 8, False), (GPT2_1558M, 5, 200, 1, True)),
     ],
 )
 def test_the_compiled_engine_is_chosen_if_it_pays_back_its_start(n_params, n_prompt_tokens, n_passes, n_rows, expected):
@@ -240,6 +242,8 @@ def test_the_text_is_the_same_on_both_engines(inside, always_worth_it, flags, ch
 @pytest.fixture
 def always_worth_it(monkeypatch):
     """Make auto take the compiled engine; return a Mock in the place of compiled_model, which it calls."""
+    for module in (compiled, engine):
+        monkeypatch.setattr(module, "import_kernels", import_kernels.__wrapped__)  # forgets earlier imports
     monkeypatch.setattr(engine, "START", -1)
     monkeypatch.setattr(engine, "compiled_model", Mock(wraps=engine.compiled_model))
     return engine.compiled_model
@@ -273,9 +277,6 @@ def test_without_numba_or_memory_auto_takes_numpy_and_compiled_says_why(inside, 
         words = ["needs about", "1.05 MB are available", "set --engine numpy"]
     else:
         monkeypatch.setitem(sys.modules, "numba", None)
-        import_kernels = compiled.import_kernels.__wrapped__  # which does not remember earlier imports
-        monkeypatch.setattr(compiled, "import_kernels", import_kernels)
-        monkeypatch.setattr(engine, "import_kernels", import_kernels)
         if problem == "numba is not installed":
             monkeypatch.setattr(engine, "is_installed", lambda: False)
         for name in ("attention", "kernels", "quantized", "vectors"):
@@ -286,6 +287,16 @@ def test_without_numba_or_memory_auto_takes_numpy_and_compiled_says_why(inside, 
     for flags in (["--engine", "compiled"], ["--dtype", "int8"], ["--speculate", "self"]):
         code, out, err = inside("ROMEO:", *SHAKESPEARE, *N_8, *flags)
         assert_mistake((code, out, err.splitlines(keepends=True)[-1]), *words)
+
+
+@needs_numba
+def test_kernels_that_do_not_compile(inside, always_worth_it, monkeypatch):
+    """auto prints a line and takes NumPy; --engine compiled is an error."""
+    expected = inside("ROMEO:", *SHAKESPEARE, *N_8, "--engine", "numpy")
+    monkeypatch.setattr("engines.kernels.gelu", Mock(side_effect=ValueError("no such\nprocessor")))
+    line = "numba cannot compile the kernels (no such processor); set --engine numpy"
+    assert inside("ROMEO:", *SHAKESPEARE, *N_8) == (*expected[:2], f"note: {line}\n".encode())
+    assert_mistake(inside("ROMEO:", *SHAKESPEARE, *N_8, "--engine", "compiled"), line)
 
 
 def test_numba_is_not_imported_unless_it_pays(tmp_path):
@@ -376,7 +387,8 @@ def test_damaged_weights_give_one_line_and_no_text(
         *("--n_tokens_to_generate 999999999999999999999999999999", "--n_samples 0", "--seed -1", "--seed x"),
         *("--temperature=-0.1", "--temperature nan", "--temperature 1e999", "--temperature abc"),
         *("--top_p 0", "--top_p 1.5", "--top_p nan", "--n_token 3", "--no_such_flag"),
-        *("--interactive", "--speculate often", "--explain out.png"),
+        *("--interactive", "--speculate often", "--explain out.png", "--engine fast", "--dtype int2"),
+        *("--engine numpy --dtype int8", "--engine numpy --speculate self", "--speculate self --dtype int4"),
     ],
 )
 def test_mistake_on_the_command_line_is_named(inside, tiny_flags, arguments):

@@ -28,17 +28,25 @@ COMMENT = re.compile(r"#\s*(?P<inputs>\[[^#]*\])?\s*->\s*(?:(?P<written>\w+: .*)
 
 
 def shape_comments(module):
-    """{first line of a statement: (statement, shapes of the inputs, shape of the result or "")}"""
+    """{first line of a statement: (statement, shapes of the inputs, shape of the result or "")}
+
+    Without functions that only compiled code calls (@njit), which cannot be traced.
+    """
     lines = inspect.getsource(module).splitlines()
     comments = {}
     for node in ast.walk(ast.parse("\n".join(lines))):
         if isinstance(node, ast.FunctionDef | ast.Assign | ast.Return):
             last = node.body[0].lineno - 1 if isinstance(node, ast.FunctionDef) else node.end_lineno
             found = next(filter(None, (COMMENT.search(line) for line in lines[node.lineno - 1 : last])), None)
-            if found:
+            if found and "njit" not in map(ast.unparse, getattr(node, "decorator_list", [])):
                 inputs = re.findall(r"\[([^\]]*)\]", (found["inputs"] or "") + (found["written"] or ""))
                 comments[node.lineno] = (node, inputs, (found["result"] or "")[1:-1])
     return comments
+
+
+def is_array(values):
+    """Whether a list holds numbers, as token ids, and not objects, as caches."""
+    return np.asarray(values, dtype=object).size == 0 or np.asarray(values).dtype != object
 
 
 class Checker:
@@ -54,7 +62,7 @@ class Checker:
         node, inputs, result = self.comments.get(frame.f_code.co_firstlineno, (None, None, None))
         if is_definition := isinstance(node, ast.FunctionDef):
             values = [frame.f_locals[arg.arg] for arg in node.args.args]
-            arrays = [value for value in values if isinstance(value, np.ndarray | list | tuple)]
+            arrays = [a for a in values if isinstance(a, np.ndarray | tuple) or (isinstance(a, list) and is_array(a))]
             for shape, array in zip(inputs, arrays, strict=False):
                 if not isinstance(array, tuple):  # quantized weights
                     self.match(np.shape(array), shape, frame, sizes)

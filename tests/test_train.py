@@ -25,9 +25,9 @@ from tests import gradients, programs
 from tests.conftest import PROMPTS, ROOT, assert_transformers_agree, contents, need, one_line_error, set_free_space
 from tests.programs import assert_mistake
 from tests.random_model import DATA
-from training import chunks, dataset, fused, trainer
+from training import chunks, dataset, fused, kernels, trainer
 from training import options as options_module
-from training.adamw import AdamW, global_norm, learning_rate_at
+from training.adamw import AdamW, adamw, global_norm, learning_rate_at
 from training.checkpoint import STATE, State
 from training.initialization import gpt2_deviation, initial_tensors
 from training.loss import lm_loss, loss_and_gradients
@@ -35,7 +35,9 @@ from training.memory import check_training_memory
 from training.options import PRESETS, Options
 from training.plan import STALE, Plan, new_optimizer
 from training.report import read_log
+from training.trainer import functions_of
 from utils import load_encoder_hparams_and_params
+from weights.errors import UserError
 from weights.names import count_params, flatten, nest, tensor_shapes
 from weights.safetensors_file import load_safetensors, save_params, save_safetensors
 
@@ -150,15 +152,37 @@ def test_ten_steps_of_adamw_are_pytorchs():
     assert loss < 4.7, "the loss must have moved for this to mean anything"
 
 
-def test_an_update_is_in_place_and_in_chunks(monkeypatch):
+@pytest.mark.parametrize("function", [adamw, kernels.adamw])
+def test_an_update_is_in_place_and_in_chunks(monkeypatch, function):
     monkeypatch.setattr(chunks, "CHUNK_SIZE", 999)
     optimizer = AdamW({"w": np.ones((300, 500), np.float32)}, weight_decay=0.0)
+    optimizer.adamw = function
     optimizer.update({"w": np.full((300, 500), 2, np.float32, order="F")}, 0.5)
     for arrays, expected in ((optimizer.tensors, 0.5), (optimizer.m, 0.1 * 2), (optimizer.v, 0.001 * 2**2)):
         np.testing.assert_allclose(arrays["w"], expected, rtol=1e-5)
         assert arrays["w"].dtype == np.float32
     with pytest.raises(ValueError, match=r"w; pass np\.ascontiguousarray"):
         AdamW({"w": np.ones((2, 3), np.float32).T})
+
+
+def test_the_compiled_update_has_the_same_bits():
+    arrays = np.random.default_rng(0).random((4, 1003), dtype=np.float32)  # w, gradient, m and v
+    results = [arrays.copy(), arrays.copy()]
+    for function, found in zip((adamw, kernels.adamw), results, strict=True):
+        function(*found, 0.9, 0.99, 1e-8, 0.7, 0.999, 1e-3, 0.5)
+    np.testing.assert_array_equal(*results)
+    assert np.all(results[0][[0, 2, 3]] != arrays[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("engine", ["auto", "numpy", "compiled"])
+def test_the_engine_of_training_without_numba(engine, monkeypatch):
+    monkeypatch.setitem(sys.modules, "training.kernels", None)  # makes its import fail
+    monkeypatch.delattr("training.kernels", raising=False)
+    if engine == "compiled":
+        with pytest.raises(UserError, match=r"needs numba .*pip install numba"):
+            functions_of(engine)
+    else:
+        assert functions_of(engine) == (fused.training_model, adamw)
 
 
 def test_learning_rate():
@@ -699,6 +723,7 @@ def test_without_a_dataset_nothing_is_created(run, folder):
     ("hparams", "options"),
     [
         ((300, 128, 128, 4, 4), {"batch_size": 48, "dropout": 0.1}),  # mostly activations
+        ((300, 128, 128, 4, 4), {"batch_size": 48, "dropout": 0.1, "engine": "compiled"}),
         ((300, 16, 1024, 4, 1), {"batch_size": 1, "block_size": 16}),  # parameters
         ((300, 256, 16, 16, 2), {"batch_size": 12, "block_size": 256, "gradient_accumulation_steps": 2}),  # scores
         ((20_000, 16, 64, 2, 1), {"batch_size": 32, "block_size": 16}),  # logits
@@ -709,7 +734,8 @@ def test_the_estimate_of_memory_is_below_the_measured_peak_and_above_a_third_of_
     hparams = dict(zip(("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"), hparams, strict=True))
     estimates = []
     monkeypatch.setattr("training.memory.check_memory", lambda what, n_bytes, remedy: estimates.append(n_bytes))
-    options = Options(**PRESETS["3min"] | {"name": "new", "dataset": "random", "threads": 2} | options)
+    required = {"name": "new", "dataset": "random", "threads": 2, "engine": "numpy"}
+    options = Options(**PRESETS["3min"] | required | options)
     check_training_memory(options, hparams)
     command = [sys.executable, "-c", PEAK, repr(options), repr(hparams)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, check=True)

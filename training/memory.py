@@ -1,7 +1,7 @@
 """How much memory training takes at least, so that a run that cannot fit is refused before it starts.
 
-Measured peaks are 1.1 to 2 times as high, because the estimate leaves out layer norms, gelu, residual connections,
-dropout, and the temporary arrays of the backward pass. tests/test_train.py compares both.
+Measured peaks are 1.1 to 2.5 times as high, because the estimate leaves out dropout, the temporary arrays of the
+backward pass, and the kernels. tests/test_train.py compares both.
 """
 
 from engines.compiled import is_installed
@@ -15,8 +15,8 @@ LAYER_OBJECTS = 50_000  # bytes per layer: the arrays, and the operations record
 def training_bytes(n_params, n_layer, n_tokens, n_outputs, n_scores, n_shards=1, accumulates=False):
     """Return a lower bound of the peak memory of training with AdamW.
 
-    n_tokens: tokens per batch. n_outputs: elements per token of the outputs of all linear layers, the logits, and the
-    gradient of the logits. n_scores: elements per token of the attention scores of all layers, as far as they are kept
+    n_tokens: tokens per batch. n_outputs: elements per token of the outputs of the layers' functions, of the logits and
+    of their gradient. n_scores: elements per token of the attention scores of all layers, as far as they are kept
     for the backward pass. n_shards: parts of the batch with gradients of their own. accumulates: whether the gradients
     of an earlier batch are kept during the forward pass.
     """
@@ -37,7 +37,7 @@ def check_training_memory(options, hparams):
         count_params(**hparams),
         n_layer,
         n_tokens=options.batch_size * options.block_size,
-        n_outputs=n_layer * 9 * hparams["n_embd"] + 2 * hparams["n_vocab"],  # 3 + 1 + 4 + 1 times n_embd per layer
+        n_outputs=n_layer * 18 * hparams["n_embd"] + 2 * hparams["n_vocab"],  # 9 per layer are linear's, 4 are gelu's
         n_scores=n_layer * hparams["n_head"] * options.block_size * keeps_scores(options, hparams),
         n_shards=options.n_shards,
         accumulates=options.gradient_accumulation_steps > 1,
