@@ -14,42 +14,12 @@ import gpt2
 from engines.vectors import LANES, exp, fma, fma4, kernel, load, prefetch, splat, store, total, zero
 
 MANY = 2**14  # elements from which a function of single rows or elements is worth a parallel region
-ROWS = 256  # rows of x that go over a tile of w: they stay in the processor's cache
-WIDTH = 6  # rows of the transposed weight that are multiplied with TILE rows of x
-TILE = 4  # rows of x, and rows of the transposed weight, that are multiplied at a time: 16 sums fit into the registers
+ROWS = 256  # rows of x that a product takes at a time: they stay in the processor's cache
+TILE, WIDTH = 4, 6  # rows of x and of the transposed w that are multiplied at a time: 24 sums fit into the registers
 
 
 @njit
 def multiply_tile(x, i, w, j, b, y, ahead, ahead_end):
-    """Compute y[i : i+TILE, j : j+TILE] of product(), and prefetch the rows of w from ahead to ahead_end.
-
-    Rows of x beyond the last one repeat it.
-    """
-    last = x.shape[0] - 1
-    i0, i1, i2, i3 = i, min(i + 1, last), min(i + 2, last), min(i + 3, last)
-    s0 = s1 = s2 = s3 = (zero(), zero(), zero(), zero())
-    for k in range(0, w.shape[1], LANES):
-        for row in range(ahead, ahead_end):
-            prefetch(w, (row, k))
-        four = load(w, (j, k)), load(w, (j + 1, k)), load(w, (j + 2, k)), load(w, (j + 3, k))
-        s0 = fma4(load(x, (i0, k)), four, s0)
-        s1 = fma4(load(x, (i1, k)), four, s1)
-        s2 = fma4(load(x, (i2, k)), four, s2)
-        s3 = fma4(load(x, (i3, k)), four, s3)
-    write_sums(y, i0, j, b, s0)
-    write_sums(y, i1, j, b, s1)
-    write_sums(y, i2, j, b, s2)
-    write_sums(y, i3, j, b, s3)
-
-
-@njit
-def write_sums(y, i, j, b, sums):
-    y[i, j], y[i, j + 1] = total(sums[0]) + b[j], total(sums[1]) + b[j + 1]
-    y[i, j + 2], y[i, j + 3] = total(sums[2]) + b[j + 2], total(sums[3]) + b[j + 3]
-
-
-@njit
-def multiply_wide(x, i, w, j, b, y, ahead, ahead_end):
     """Compute y[i : i+TILE, j : j+WIDTH] of product(), and prefetch the rows of w from ahead to ahead_end.
 
     Rows of x beyond the last one repeat it.
@@ -60,37 +30,28 @@ def multiply_wide(x, i, w, j, b, y, ahead, ahead_end):
     for k in range(0, w.shape[1], LANES):
         for row in range(ahead, ahead_end):
             prefetch(w, (row, k))
-        w0, w1, w2 = load(w, (j, k)), load(w, (j + 1, k)), load(w, (j + 2, k))
-        w3, w4, w5 = load(w, (j + 3, k)), load(w, (j + 4, k)), load(w, (j + 5, k))
-        s0 = fma6(load(x, (i0, k)), (w0, w1, w2, w3, w4, w5), s0)
-        s1 = fma6(load(x, (i1, k)), (w0, w1, w2, w3, w4, w5), s1)
-        s2 = fma6(load(x, (i2, k)), (w0, w1, w2, w3, w4, w5), s2)
-        s3 = fma6(load(x, (i3, k)), (w0, w1, w2, w3, w4, w5), s3)
-    write_six(y, i0, j, b, s0)
-    write_six(y, i1, j, b, s1)
-    write_six(y, i2, j, b, s2)
-    write_six(y, i3, j, b, s3)
+        three = load(w, (j, k)), load(w, (j + 1, k)), load(w, (j + 2, k))
+        six = (*three, load(w, (j + 3, k)), load(w, (j + 4, k)), load(w, (j + 5, k)))
+        s0 = fma6(load(x, (i0, k)), six, s0)
+        s1 = fma6(load(x, (i1, k)), six, s1)
+        s2 = fma6(load(x, (i2, k)), six, s2)
+        s3 = fma6(load(x, (i3, k)), six, s3)
+    write_sums(y, i0, j, b, s0)
+    write_sums(y, i1, j, b, s1)
+    write_sums(y, i2, j, b, s2)
+    write_sums(y, i3, j, b, s3)
 
 
 @njit
 def fma6(x, w, sums):
-    a, b = fma3(x, w[:3], sums[:3]), fma3(x, w[3:], sums[3:])
-    return a[0], a[1], a[2], b[0], b[1], b[2]
+    return (*fma4(x, w[:4], sums[:4]), fma(x, w[4], sums[4]), fma(x, w[5], sums[5]))
 
 
 @njit
-def fma3(x, w, sums):
-    return fma(x, w[0], sums[0]), fma(x, w[1], sums[1]), fma(x, w[2], sums[2])
-
-
-@njit
-def write_six(y, i, j, b, sums):
+def write_sums(y, i, j, b, sums):
     y[i, j], y[i, j + 1], y[i, j + 2] = total(sums[0]) + b[j], total(sums[1]) + b[j + 1], total(sums[2]) + b[j + 2]
-    y[i, j + 3], y[i, j + 4], y[i, j + 5] = (
-        total(sums[3]) + b[j + 3],
-        total(sums[4]) + b[j + 4],
-        total(sums[5]) + b[j + 5],
-    )
+    j += 3
+    y[i, j], y[i, j + 1], y[i, j + 2] = total(sums[3]) + b[j], total(sums[4]) + b[j + 1], total(sums[5]) + b[j + 2]
 
 
 @kernel(parallel=True)
@@ -105,7 +66,7 @@ def product(x, w, b, y):  # [rows, n_in], [n_out, n_in], [n_out] -> y: [rows, n_
         j = min(WIDTH * block, n_out - WIDTH)
         for group in range(groups):
             first, stop = min(group * share, WIDTH), min((group + 1) * share, WIDTH)
-            multiply_wide(x, TILE * group, w, j, b, y, j + WIDTH + first, j + WIDTH + stop)
+            multiply_tile(x, TILE * group, w, j, b, y, j + WIDTH + first, j + WIDTH + stop)
 
 
 @kernel(parallel=True)

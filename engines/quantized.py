@@ -13,7 +13,7 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 
 from engines import kernels
-from engines.kernels import TILE, WIDTH, multiply_wide, no_bias, read_only
+from engines.kernels import TILE, WIDTH, multiply_tile, no_bias, read_only
 from engines.vectors import (
     FLOATS,
     INTS,
@@ -214,7 +214,7 @@ def product_int8(x, w, scales, b, y):  # [rows, n_in], [n_out, n_in], [n_out], [
                     prefetch(w, (j + AHEAD + row, k))
                     store(floats, (row, k), load(w, (j + row, k)))
             for i in range(0, rows, TILE):
-                multiply_wide(x, i, floats, 0, zeros, sums, 0, 0)
+                multiply_tile(x, i, floats, 0, zeros, sums, 0, 0)
             for i in range(rows):
                 for column in range(WIDTH):
                     y[i, j + column] = sums[i, column] * scales[j + column] + b[j + column]
