@@ -111,7 +111,8 @@ def test_a_command_of_reading_prints_what_it_shows(checkout, monkeypatch, comman
 
 
 def test_the_code_that_backward_quotes_is_in_the_source():
-    sources = [(ROOT / "training" / name).read_text(encoding="utf-8") for name in ("fused.py", "autograd.py")]
+    names = ("fused.py", "kernels.py", "autograd.py")
+    sources = [(ROOT / "training" / name).read_text(encoding="utf-8") for name in names]
     quotes = blocks(BACKWARD, "python")
     assert len(quotes) > 5
     for quote in quotes:
