@@ -221,8 +221,9 @@ def attend_backward(dy, q, k, v, mask, scale, dq, dk, dv):
     """Add the gradients of q, k and v to dq, dk and dv."""
     for i in range(q.shape[0]):
         for h in range(q.shape[1]):
-            inputs = dy[i, h], q[i, h], k[i, h], v[i, h], mask[i, h]
-            head_backward(*inputs, scale, dq[i, h], dk[i, h], dv[i, h])
+            head_backward(
+                dy[i, h], q[i, h], k[i, h], v[i, h], mask[i, h], scale, dq[i, h], dk[i, h], dv[i, h]
+            )  # fmt: skip
 
 
 def batches(*arrays):  # [..., n_head, n, d] -> [batch, n_head, n, d] each
@@ -238,7 +239,10 @@ def attention(q, k, v, mask, scale):  # [..., n_head, n, d] * 3, [..., n_head, n
 
 
 def attention_backward(dy, q, k, v, mask, scale):
-    """Return the gradients of q, k and v, all of which have the shape of dy. The weights are computed again, so that they need not be kept."""
+    """Return the gradients of q, k and v, which have the shape of dy.
+
+    The weights are computed again, so that they need not be kept.
+    """
     *lead, n_head, n, d = q.shape
     dx = np.zeros((3, *lead, n, n_head, d), np.float32).swapaxes(-2, -3)
     attend_backward(*batches(dy, q, k, v, mask), scale, *batches(*dx))
