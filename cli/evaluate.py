@@ -6,13 +6,14 @@ import numpy as np
 
 import gpt2
 from cli.engine import add_engine_options, check_engine_options, model_and_params, pays_off, set_threads
-from cli.options import Parser, exit_code, n_cores, parse_positive, parse_up_to
+from cli.options import Parser, exit_code, parse_positive, parse_up_to
 from evaluate import total_loss
 from training.dataset import read_dataset, split_text
 from training.options import MAX_THREADS
 from utils import load_encoder_hparams_and_params
 from weights.errors import UserError
 from weights.names import count_params
+from weights.resources import available_cores
 
 
 def make_parser():
@@ -37,7 +38,7 @@ def make_parser():
     add(
         "--threads",
         type=parse_up_to(MAX_THREADS),
-        default=n_cores(),
+        default=available_cores(),
         metavar="N",
         help="threads (default: number of cores)",
     )

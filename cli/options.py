@@ -99,11 +99,6 @@ parse_probability = number_type(lambda x: 0 < x <= 1, "above 0 and at most 1")
 parse_fraction = number_type(lambda x: 0 <= x < 1, "at least 0 and below 1")
 
 
-def n_cores():
-    """Return the number of processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def exit_code(program, work, argv=None):
     """Call work() and return its result (None: 0); print an exception as one line and return its exit code.
 

@@ -11,7 +11,6 @@ import sys
 from cli.options import (
     Parser,
     exit_code,
-    n_cores,
     parse_count,
     parse_fraction,
     parse_positive,
@@ -29,6 +28,7 @@ from training.trainer import Trainer
 from weights.errors import UserError
 from weights.lock import hold_lock, new_folder
 from weights.releases import N_PARAMS
+from weights.resources import available_cores
 from weights.safetensors_file import WEIGHTS
 
 
@@ -142,7 +142,7 @@ def run_training(given):
     check_folder(model_dir, given["name"], resume, overwrite)
     with new_folder(given["models_dir"] or "."):
         if not resume:
-            plan = plan_new(model_dir, {"threads": n_cores()} | given)
+            plan = plan_new(model_dir, {"threads": available_cores()} | given)
             print(plan.describe(), file=sys.stderr)
             with Trainer(plan).threads() as trainer:
                 compute_gradients(trainer)  # a dry run: errors appear before any file is written

@@ -6,13 +6,14 @@ run. Logits have the same bits whether a token is computed alone, in a prompt, i
 
 import functools
 import importlib.util
+import os
 import sys
 
 import numpy as np
 
 from engines.instance import new_instance
 from weights.errors import UserError
-from weights.resources import check_memory
+from weights.resources import available_cores, check_memory
 
 BYTES = {"float32": 4, "int8": 1, "int4": 5 / 8}  # of a weight with its share of the scales
 
@@ -45,6 +46,7 @@ def compiled_model(params, dtype="float32"):
 @functools.cache
 def import_kernels():
     """Return the modules of the kernels; print a line if what they compile cannot be kept for the next run."""
+    set_environment()
     try:
         from engines import attention, kernels, quantized, vectors
 
@@ -58,3 +60,12 @@ def import_kernels():
     if vectors.UNCACHED:
         print("note: no folder to keep compiled kernels in: set NUMBA_CACHE_DIR to one", file=sys.stderr)
     return attention, kernels, quantized
+
+
+def set_environment():
+    """Set what numba and libgomp read when they are loaded, unless the user has set it."""
+    if "numba" not in sys.modules:  # which counts the cores of the process's affinity, not those of its cgroup
+        os.environ.setdefault("NUMBA_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(available_cores())))
+    # Waiting threads spin for about 0.1 ms, longer than between two kernels, and then sleep. libgomp's default of several
+    # milliseconds takes the processor from other programs.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")

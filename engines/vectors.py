@@ -5,7 +5,6 @@ vectorizes a loop. LLVM maps a vector to the processor's registers (one of AVX-5
 """
 
 import operator
-import os
 import pathlib
 import sys
 import zlib
@@ -18,11 +17,6 @@ from numba.extending import intrinsic, models, overload, register_model
 LANES = 16  # elements of a vector
 FLOAT, INT = ir.FloatType(), ir.IntType(32)
 FLOATS, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
-
-
-# Threads that wait spin for some 0.1 ms, longer than between two kernels, and then sleep: libgomp's default of several
-# milliseconds takes the processor from other programs. libgomp reads this when the first kernel is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 UNCACHED = []  # why kernels are not kept on disk
 SHARED = [pathlib.Path(__file__).with_name(name).read_bytes() for name in ("vectors.py", "kernels.py")]

@@ -13,6 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from encoder import END_OF_TEXT
 from engines.allocator import keep_all_freed_memory
+from engines.compiled import import_kernels
 from training import fused
 from training.adamw import adamw
 from training.checkpoint import save_checkpoint
@@ -31,12 +32,13 @@ def functions_of(engine):
     if engine == "numpy":
         return fused.training_model, adamw
     try:
-        from training import kernels
-    except ImportError as error:
+        import_kernels()
+    except UserError:
         if engine == "auto":
             return fused.training_model, adamw
-        message = f"the compiled engine needs numba ({error}); pip install numba, or set --engine numpy"
-        raise UserError(message) from None
+        raise
+    from training import kernels
+
     return kernels.training_model, kernels.adamw
 
 

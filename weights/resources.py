@@ -1,5 +1,6 @@
-"""Compare the space on the disk and the memory that are needed with those that are available."""
+"""The space on the disk, the memory and the processor cores that this process may use."""
 
+import math
 import os
 import pathlib
 import shutil
@@ -33,7 +34,7 @@ def available_memory():
     """
     with_unit = read_numbers(PROC, "meminfo")  # MemAvailable:  23456789 kB
     available = 1024 * with_unit["MemAvailable:"] if "MemAvailable:" in with_unit else float("inf")
-    for folder in own_cgroups():
+    for folder in own_cgroups("memory"):
         limit = read_numbers(folder, "memory.max") or read_numbers(folder, "memory.limit_in_bytes")
         used = read_numbers(folder, "memory.current") or read_numbers(folder, "memory.usage_in_bytes")
         if limit and used:
@@ -43,14 +44,30 @@ def available_memory():
     return available
 
 
-def own_cgroups():
-    """Return the folders of this process's memory cgroups, of versions 2 and 1, and of the groups that contain them."""
+def available_cores():
+    """Return the number of processor cores that this process may use, limited by its affinity and its cgroup."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder in own_cgroups("cpu"):
+        limits = read_numbers(folder, "cpu.max")  # version 2: microseconds per period, or max, and the period
+        quota, period = read_numbers(folder, "cpu.cfs_quota_us"), read_numbers(folder, "cpu.cfs_period_us")
+        if quota and period:
+            limits = {str(quota[""]): period[""]}
+        cores = min([cores, *(math.ceil(int(n) / period) for n, period in limits.items() if n.isdecimal())])
+    return max(1, cores)
+
+
+def own_cgroups(controller):
+    """Return the folders of this process's cgroups, of versions 2 and 1, and of the groups that contain them."""
     try:
         with open(os.path.join(PROC, "self", "cgroup"), encoding="utf-8") as f:
             found = [line.rstrip("\n").split(":", 2) for line in f]
     except OSError:
         return []
-    own = [pathlib.Path(CGROUPS, name, path.strip("/")) for _, name, path in found if name in ("", "memory")]
+    own = [
+        pathlib.Path(CGROUPS, name, path.strip("/"))
+        for _, name, path in found
+        if name == "" or controller in name.split(",")
+    ]
     return [folder for group in own for folder in (group, *group.parents)]
 
 
