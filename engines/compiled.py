@@ -66,6 +66,6 @@ def set_environment():
     """Set what numba and libgomp read when they are loaded, unless the user has set it."""
     if "numba" not in sys.modules:  # which counts the cores of the process's affinity, not those of its cgroup
         os.environ.setdefault("NUMBA_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(available_cores())))
-    # Waiting threads spin for about 0.1 ms, longer than between two kernels, and then sleep. libgomp's default of several
-    # milliseconds takes the processor from other programs.
+    # Waiting threads spin for about 0.1 ms, longer than between two kernels, and then sleep. By default they spin for
+    # several milliseconds, which takes the processor from other programs.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
