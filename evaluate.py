@@ -43,8 +43,8 @@ def total_loss(ids, params, n_head, context, stride, threads=1, model=None):
     if not 1 <= stride <= context <= n_ctx:
         raise ValueError(f"need 1 <= stride {stride} <= context {context} <= the model's context {n_ctx}")
     ids, n_inputs = np.asarray(ids, dtype=int), len(ids) - 1
-    threads = threads if model is None else 1
-    model, in_turn = (fused.training_model(), None) if model is None else (model, map)
+    compiled, threads = model is not None, threads if model is None else 1
+    model = model or fused.training_model()
     context = min(context, n_inputs)
 
     def batch_loss(windows):
@@ -59,7 +59,7 @@ def total_loss(ids, params, n_head, context, stride, threads=1, model=None):
     check_evaluation_memory(n_tokens, context, *params["wte"].shape, n_head)
     with ThreadPoolExecutor(threads) as pool, threadpool_limits(1 if len(batches) > 1 else threads):
         try:
-            losses, total, lines = (in_turn or pool.map)(batch_loss, batches), 0.0, Lines()
+            losses, total, lines = (map if compiled else pool.map)(batch_loss, batches), 0.0, Lines()
             for i, loss in enumerate(tqdm(losses, total=len(batches), unit="batch", disable=None, leave=False)):
                 total += loss
                 lines.show(f"evaluated {i + 1} of {len(batches)} batches")

@@ -43,7 +43,11 @@ def check_engine_options(options, speculate="off"):
     if needs_compiled:
         options.engine = "compiled"
     if options.engine == "compiled":
-        import_kernels()  # an error appears before the model is loaded
+        try:
+            import_kernels()  # an error appears before the model is loaded
+        except UserError as error:
+            remedy = f"leave out {needs_compiled}" if needs_compiled else "set --engine numpy"
+            raise UserError(str(error).replace("set --engine numpy", remedy)) from None
 
 
 def pays_off(n_params, n_prompt_tokens, n_passes=0, n_rows=1):
@@ -57,7 +61,10 @@ def pays_off(n_params, n_prompt_tokens, n_passes=0, n_rows=1):
 
 
 def model_and_params(options, params, worth_it):
-    """Return the model of --engine and --dtype, and the parameters in its layout. worth_it: what auto asks first."""
+    """Return the model of --engine and --dtype, and the parameters in its layout.
+
+    worth_it: whether auto may take the compiled engine (see pays_off).
+    """
     if options.engine == "compiled":
         return compiled_model(params, options.dtype)
     if options.engine == "auto" and worth_it and is_installed():

@@ -145,7 +145,7 @@ class Session:
             self.answer(self.prompt)
 
     def start(self, n_prompt_tokens, n_answers=1):
-        """Start the generator for so many answers, to prompts of n_prompt_tokens each."""
+        """Start the generator for n_answers answers, to prompts of n_prompt_tokens tokens each."""
         n_samples = self.options.n_samples
         if self.one_by_one:
             self.generator.start(n_answers * n_samples * n_prompt_tokens, n_answers * n_samples)

@@ -24,7 +24,7 @@ from training.checkpoint import STATE
 from training.options import ENGINES, MAX_THREADS, PRESETS, Options
 from training.plan import plan_new, plan_resumed, prepare_folder
 from training.report import Report
-from training.trainer import Trainer
+from training.trainer import Trainer, functions_of
 from weights.errors import UserError
 from weights.lock import hold_lock, new_folder
 from weights.releases import N_PARAMS
@@ -150,6 +150,7 @@ def run_training(given):
             check_folder(model_dir, given["name"], resume, overwrite)  # again: another process may have trained it
             if resume:
                 plan = plan_resumed(model_dir, given)
+                functions_of(plan.options.engine)  # an error appears before any file is written
                 print(f"resuming from step {plan.state.step} of {plan.options.max_iters}", file=sys.stderr)
             prepare_folder(plan)
             trainer = Trainer(plan)

@@ -126,6 +126,8 @@ def is_supported(q):
 def attend_rows(caches, q, k, v):  # [b, h, n_q, d], [b, h, n_new, d], [b, h, n_new, d] -> [b, h, n_q, d]
     """Append k and v to the caches, each of which has an equal number of the rows, and attend within each row."""
     batch, n_head, n_q, d = q.shape
+    if k.shape != v.shape or k.shape != (batch, n_head, k.shape[2], d) or n_q > k.shape[2]:
+        raise ValueError(f"q, k and v have shapes {q.shape}, {k.shape} and {v.shape}")
     n_rows = batch // len(caches)
     rows = [row for cache in caches for row in cache.rows(n_rows, *k.shape[1:])]
     out = np.empty((batch, n_q, n_head, d), np.float32)

@@ -15,11 +15,11 @@ from engines.instance import new_instance
 from weights.errors import UserError
 from weights.resources import available_cores, check_memory
 
-BYTES = {"float32": 4, "int8": 1, "int4": 5 / 8}  # of a weight with its share of the scales
+BYTES = {"float32": 4, "int8": 1, "int4": 5 / 8}  # per weight, scales included
 
 
 class KernelError(UserError):
-    """numba is there and does not compile the kernels."""
+    """numba is installed but cannot compile the kernels."""
 
 
 def is_installed():
@@ -33,14 +33,19 @@ def compiled_model(params, dtype="float32"):
     dtype: that of the weights, "float32", "int8" or "int4"; the latter two are lossy (quantized.py). The weights of the
     blocks are copied; wte is only quantized. Raises UserError if numba is missing or memory is short.
     """
-    weights = [layer["w"] for block in params["blocks"] for part in ("attn", "mlp") for layer in block[part].values()]
-    n_weights = sum(w.size for w in weights) + (0 if dtype == "float32" else params["wte"].size)
-    check_memory(f"a copy of the weights in {dtype}", int(n_weights * BYTES[dtype]), "set --engine numpy")
+    check_copy(params, dtype, "set --engine numpy" if dtype == "float32" else f"leave out --dtype {dtype}")
     attention, kernels, quantized = import_kernels()
     model = new_instance()
     model.linear, model.layer_norm, model.gelu = quantized.linear, kernels.layer_norm, kernels.gelu
     model.attention, model.KVCache, model.RowCaches = attention.attention, attention.KVCache, attention.RowCaches
     return model, kernels.in_layout(params) if dtype == "float32" else quantized.quantize(params, dtype)
+
+
+def check_copy(params, dtype, remedy):
+    """Raise UserError unless there is memory for a copy of the weights; remedy ends the message."""
+    weights = [layer["w"] for block in params["blocks"] for part in ("attn", "mlp") for layer in block[part].values()]
+    n_weights = sum(w.size for w in weights) + (0 if dtype == "float32" else params["wte"].size)
+    check_memory(f"a copy of the weights in {dtype}", int(n_weights * BYTES[dtype]), remedy)
 
 
 @functools.cache
@@ -64,8 +69,10 @@ def import_kernels():
 
 def set_environment():
     """Set what numba and libgomp read when they are loaded, unless the user has set it."""
-    if "numba" not in sys.modules:  # which counts the cores of the process's affinity, not those of its cgroup
-        os.environ.setdefault("NUMBA_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(available_cores())))
+    if "numba" not in sys.modules:  # numba itself counts the cores of the process's affinity, not those of its cgroup
+        wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+        n_threads = int(wanted) if wanted.isdecimal() and int(wanted) else available_cores()
+        os.environ.setdefault("NUMBA_NUM_THREADS", str(n_threads))
     # Waiting threads spin for about 0.1 ms, longer than between two kernels, and then sleep. By default they spin for
     # several milliseconds, which takes the processor from other programs.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

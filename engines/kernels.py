@@ -84,6 +84,11 @@ def no_bias(n_out):
     return read_only(np.zeros(n_out, np.float32))
 
 
+def is_supported(x):
+    """Return whether the kernels can compute with x."""
+    return x.shape[-1] % LANES == 0 and x.dtype == np.float32
+
+
 def read_only(a):
     """Return a view that cannot be written to: numba compiles one version for writable and one for other arrays."""
     view = a.view()
@@ -92,11 +97,11 @@ def read_only(a):
 
 
 def linear(x, w, b):  # [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]
-    """gpt2.linear for a w in Fortran order, such as wte.T."""
+    """gpt2.linear for a w in Fortran order, such as wte.T; b may be 0."""
     n_in, n_out = w.shape
-    if n_in % LANES or n_out < WIDTH:
+    if not is_supported(x) or n_out < WIDTH or not w.flags.f_contiguous:
         return gpt2.linear(x, w, b)
-    x, lead = x.reshape(-1, n_in), x.shape[:-1]
+    x, lead = np.ascontiguousarray(x).reshape(-1, n_in), x.shape[:-1]
     y = np.empty((len(x), n_out), np.float32)
     run = product_of_row if len(x) == 1 else product
     for i in range(0, len(x), ROWS):
@@ -136,9 +141,9 @@ def normalize_parallel(x, g, b, eps, y):  # [rows, n], [n], [n] -> y: [rows, n]
 
 def layer_norm(x, g, b, eps=1e-5):  # [..., n], [n], [n] -> [..., n]
     """gpt2.layer_norm."""
-    if x.shape[-1] % LANES:
+    if not is_supported(x):
         return gpt2.layer_norm(x, g, b, eps)
-    y = np.empty(x.shape, np.float32)
+    x, y = np.ascontiguousarray(x), np.empty(x.shape, np.float32)
     run = normalize_parallel if x.size >= MANY else normalize
     run(x.reshape(-1, x.shape[-1]), g, b, eps, y.reshape(-1, x.shape[-1]))
     return y
@@ -168,9 +173,9 @@ def activate_parallel(x, y):  # [n] -> y: [n]
 
 def gelu(x):  # [..., n] -> [..., n]
     """gpt2.gelu."""
-    if x.shape[-1] % LANES:
+    if not is_supported(x):
         return gpt2.gelu(x)
-    y = np.empty(x.shape, np.float32)
+    x, y = np.ascontiguousarray(x), np.empty(x.shape, np.float32)
     run = activate_parallel if x.size >= MANY else activate
     run(x.reshape(-1), y.reshape(-1))
     return y
@@ -191,7 +196,7 @@ def transpose(w, y):  # [n_in, n_out] -> y: [n_out, n_in]
 def in_layout(params):
     """Return the parameters for these functions: the weights of the blocks in Fortran order, all arrays read-only."""
     layers = [layer for block in params["blocks"] for part in ("attn", "mlp") for layer in block[part].values()]
-    room = huge_pages(sum(layer["w"].size for layer in layers))
+    arena = huge_pages(sum(layer["w"].size for layer in layers))
     end = 0
 
     def laid_out(value):
@@ -202,7 +207,7 @@ def in_layout(params):
     def copied(w):
         nonlocal end
         end += w.size
-        return transposed(w, room[end - w.size : end])
+        return transposed(w, arena[end - w.size : end])
 
     return laid_out(params)
 
@@ -210,13 +215,13 @@ def in_layout(params):
 def huge_pages(n):
     """Return an array of n float32 elements, aligned to a huge page, for which Linux uses huge pages where it can."""
     page = 2**21
-    room = np.empty(4 * n + page, np.uint8)
-    start = -room.ctypes.data % page
-    return room[start : start + 4 * n].view(np.float32)
+    arena = np.empty(4 * n + page, np.uint8)
+    start = -arena.ctypes.data % page
+    return arena[start : start + 4 * n].view(np.float32)
 
 
-def transposed(w, room=None):  # [n_in, n_out] -> [n_in, n_out]
-    """Return a copy of w in Fortran order, in the array room if there is one."""
-    copy = (np.empty(w.size, np.float32) if room is None else room).reshape(w.shape[::-1])
+def transposed(w, arena=None):  # [n_in, n_out] -> [n_in, n_out]
+    """Return a copy of w in Fortran order, in the array arena if there is one."""
+    copy = (np.empty(w.size, np.float32) if arena is None else arena).reshape(w.shape[::-1])
     transpose(read_only(w), copy)
     return read_only(copy).T

@@ -13,7 +13,7 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 
 from engines import kernels
-from engines.kernels import TILE, WIDTH, multiply_tile, no_bias, read_only
+from engines.kernels import ROWS, TILE, WIDTH, multiply_tile, no_bias, read_only
 from engines.vectors import (
     FLOATS,
     INTS,
@@ -258,8 +258,9 @@ def linear(x, w, b):  # [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]
     if isinstance(w, np.ndarray):
         return kernels.linear(x, w, b)
     n_out, lead = len(w.codes), x.shape[:-1]
-    x = x.reshape(-1, x.shape[-1])
+    x = np.ascontiguousarray(x, np.float32).reshape(-1, x.shape[-1])
     y = np.empty((len(x), n_out), np.float32)
     run = product_int4 if isinstance(w, Int4) else product_of_row_int8 if len(x) == 1 else product_int8
-    run(x, *w, b if np.ndim(b) else no_bias(n_out), y)
+    for i in range(0, len(x), ROWS):
+        run(x[i : i + ROWS], *w, b if np.ndim(b) else no_bias(n_out), y[i : i + ROWS])
     return y.reshape(*lead, n_out)

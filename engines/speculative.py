@@ -20,6 +20,7 @@ import functools
 import numpy as np
 
 import gpt2
+from engines.compiled import check_copy
 
 MAX_DRAFT = 15  # with the token before them 16 rows of the products
 MAX_MATCH = 4  # tokens of the end of the text that Lookup searches for
@@ -96,6 +97,8 @@ class SelfDraft:
 
     def draft(self, text, n):
         """Return n draft tokens to follow text, of which all but the last token are in the cache."""
+        if n == 0:
+            return []
         drafted, sample = [], copy.deepcopy(self.sample) if isinstance(self.sample, functools.partial) else np.argmax
         for _ in range(n):
             logits = self.model.prefill([*text[-1:], *drafted][-1:], self.params, self.n_head, self.cache)
@@ -109,6 +112,7 @@ def self_drafter(model, params, n_head):
     """Return the make_drafters of a compiled model that drafts for itself where the text does not repeat itself."""
     from engines.quantized import quantize
 
+    check_copy(params, "int8", "leave out --speculate self")
     draft_params = quantize(params, "int8")
     return lambda cache, sample: [Lookup(MAX_MATCH), SelfDraft(draft_params, n_head, model, cache, sample)]
 

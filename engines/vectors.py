@@ -27,7 +27,8 @@ def kernel(signature=None, parallel=False):
     """Return a decorator that compiles a function when it is first called, and keeps the result on disk if possible.
 
     With a signature it is compiled at once, and for these types only. numba keeps it in NUMBA_CACHE_DIR, __pycache__ or
-    the user's cache folder, under the function's name and the date of its file. The name therefore gets a version.
+    the user's cache folder. It compiles a function again when its own file changes, but not when a file changes whose
+    functions it calls. Its name therefore ends in the version of the shared files.
     """
 
     def decorate(function):

@@ -1,8 +1,8 @@
-"""gpt2.py for training: the same functions, with dropout between them and hand-written backward passes for three.
+"""gpt2.py for training: the same functions, with dropout between them and hand-written backward passes for some.
 
 autograd.py differentiates gelu operation by operation, each with an array to keep and a pass over memory. Here the
 forward pass is still gpt2.gelu, and its backward pass is one function; softmax, layer_norm and the loss likewise. All
-process a few rows at a time, so that temporary arrays stay in the processor's cache. docs/backward.md derives the four
+process a few rows at a time, so that temporary arrays stay in the processor's cache. docs/backward.md derives the
 backward passes.
 """
 

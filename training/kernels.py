@@ -227,7 +227,8 @@ def attend_backward(dy, q, k, v, mask, scale, dq, dk, dv):
 
 
 def batches(*arrays):  # [..., n_head, n, d] -> [batch, n_head, n, d] each
-    return [a.reshape(math.prod(a.shape[:-3]), *a.shape[-3:]) for a in arrays]
+    with_last = (a if a.strides[-1] == a.itemsize else np.ascontiguousarray(a) for a in arrays)  # contiguous
+    return [a.reshape(math.prod(a.shape[:-3]), *a.shape[-3:]) for a in with_last]
 
 
 def attention(q, k, v, mask, scale):  # [..., n_head, n, d] * 3, [..., n_head, n, n] -> [..., n_head, n, d]
@@ -279,6 +280,8 @@ def row_losses(x, targets, losses):  # [rows, n], [rows] -> losses: [rows]
 
 
 def token_losses(logits, targets):  # [..., n_seq, n_vocab], [..., n_seq] -> [..., n_seq]
+    if targets.size and not 0 <= targets.min() <= targets.max() < logits.shape[-1]:
+        raise IndexError(f"a target is not one of the {logits.shape[-1]} tokens of the vocabulary")
     losses = np.empty(targets.shape, np.float32)
     row_losses(flat(logits), np.ascontiguousarray(targets).reshape(-1), losses.reshape(-1))
     return losses

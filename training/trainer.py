@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from encoder import END_OF_TEXT
 from engines.allocator import keep_all_freed_memory
-from engines.compiled import import_kernels
+from engines.compiled import KernelError, import_kernels
 from training import fused
 from training.adamw import adamw
 from training.checkpoint import save_checkpoint
@@ -27,16 +28,18 @@ from weights.safetensors_file import save_params
 def functions_of(engine):
     """Return (training_model, adamw), the functions of an engine: "numpy", "compiled", or "auto".
 
-    auto is compiled if numba is installed. Raises UserError for compiled without numba.
+    auto is compiled if numba is installed and compiles the kernels. Raises UserError for compiled without numba.
     """
     if engine == "numpy":
         return fused.training_model, adamw
     try:
         import_kernels()
-    except UserError:
-        if engine == "auto":
-            return fused.training_model, adamw
-        raise
+    except UserError as error:
+        if engine != "auto":
+            raise
+        if isinstance(error, KernelError):
+            print(f"note: {error}".replace("\n", " "), file=sys.stderr)
+        return fused.training_model, adamw
     from training import kernels
 
     return kernels.training_model, kernels.adamw
