@@ -1,5 +1,6 @@
 """The engine of a run: gpt2.py's NumPy functions, or their compiled counterparts (--engine, --dtype)."""
 
+import contextlib
 import sys
 
 import gpt2
@@ -43,11 +44,19 @@ def check_engine_options(options, speculate="off"):
     if needs_compiled:
         options.engine = "compiled"
     if options.engine == "compiled":
-        try:
+        options.needs_compiled = needs_compiled
+        with without(options):
             import_kernels()  # an error appears before the model is loaded
-        except UserError as error:
-            remedy = f"leave out {needs_compiled}" if needs_compiled else "set --engine numpy"
-            raise UserError(str(error).replace("set --engine numpy", remedy)) from None
+
+
+@contextlib.contextmanager
+def without(options):
+    """Let the error messages of the compiled engine name the option that needs it."""
+    try:
+        yield
+    except UserError as error:
+        remedy = f"leave out {options.needs_compiled}" if options.needs_compiled else "set --engine numpy"
+        raise UserError(str(error).replace("set --engine numpy", remedy)) from None
 
 
 def pays_off(n_params, n_prompt_tokens, n_passes=0, n_rows=1):
@@ -66,7 +75,8 @@ def model_and_params(options, params, worth_it):
     worth_it: whether auto may take the compiled engine (see pays_off).
     """
     if options.engine == "compiled":
-        return compiled_model(params, options.dtype)
+        with without(options):
+            return compiled_model(params, options.dtype)
     if options.engine == "auto" and worth_it and is_installed():
         try:
             return compiled_model(params)

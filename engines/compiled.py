@@ -33,7 +33,7 @@ def compiled_model(params, dtype="float32"):
     dtype: that of the weights, "float32", "int8" or "int4"; the latter two are lossy (quantized.py). The weights of the
     blocks are copied; wte is only quantized. Raises UserError if numba is missing or memory is short.
     """
-    check_copy(params, dtype, "set --engine numpy" if dtype == "float32" else f"leave out --dtype {dtype}")
+    check_copy(params, dtype, "set --engine numpy")
     attention, kernels, quantized = import_kernels()
     model = new_instance()
     model.linear, model.layer_norm, model.gelu = quantized.linear, kernels.layer_norm, kernels.gelu

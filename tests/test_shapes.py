@@ -45,8 +45,8 @@ def shape_comments(module):
 
 
 def is_array(values):
-    """Whether a list holds numbers, as token ids, and not objects, as caches."""
-    return np.asarray(values, dtype=object).size == 0 or np.asarray(values).dtype != object
+    """Whether a list holds numbers, as token ids, and not caches."""
+    return not any(hasattr(value, "n_past") for value in values)
 
 
 class Checker:
