@@ -1,7 +1,7 @@
 """The compiled counterparts of linear, layer_norm and gelu in gpt2.py, for float32 arrays.
 
 A row of a result has the same bits whatever other rows are computed with it, and whatever the number of threads: every
-sum is taken in the same order. They need a last axis that is a multiple of LANES; others go to gpt2.py's functions.
+sum is taken in the same order. Arrays whose last axis is not a multiple of LANES go to gpt2.py's functions.
 """
 
 import functools
