@@ -118,6 +118,12 @@ def seconds(function):
     return time.perf_counter() - start
 
 
+def seconds_for(tokens):
+    """Return the time of all tokens after the first, which is the prompt's."""
+    next(tokens)
+    return seconds(lambda: sum(1 for _ in tokens))
+
+
 def in_turn(found, turn):
     """Return the list in the order of a round, another element first in each."""
     first = turn % len(found)

@@ -8,10 +8,9 @@ by tokens that are accepted at the given rate.
 
 import functools
 import sys
-import time
 
 import numpy as np
-from common import DATA, SIZE_124M, in_turn, machine, median, some_tensors, table
+from common import DATA, SIZE_124M, in_turn, machine, median, seconds, seconds_for, some_tensors, table
 
 from engines.compiled import compiled_model
 from engines.quantized import quantize
@@ -69,21 +68,6 @@ def acceptance_rows():
         ]
         rows.append([dtype, *(f"{rate:.3f}" for rate in rates)])
     return rows
-
-
-def seconds_for(tokens):
-    """Return the time of all tokens after the first, which is the prompt's."""
-    next(tokens)
-    start = time.perf_counter()
-    for _ in tokens:
-        pass
-    return time.perf_counter() - start
-
-
-def seconds(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def times(variants, rounds, measure=seconds):

@@ -16,10 +16,9 @@ after the first, since the first is the prompt's.
 
 import functools
 import sys
-import time
 
 import numpy as np
-from common import DATA, SIZE_124M, in_turn, machine, median, model_124m, some_tensors, table
+from common import DATA, SIZE_124M, in_turn, machine, median, model_124m, seconds_for, some_tensors, table
 
 import gpt2
 from engines.compiled import compiled_model
@@ -67,15 +66,6 @@ def replay(text):
         return next(left)
 
     return sample
-
-
-def seconds_for(tokens):
-    """Return the time of all tokens after the first."""
-    next(tokens)
-    start = time.perf_counter()
-    for _ in tokens:
-        pass
-    return time.perf_counter() - start
 
 
 def times(variants, rounds):

@@ -110,7 +110,8 @@ def linear(x, w, b):  # [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]
 
 
 @njit
-def normalize_row(x, i, g, b, eps, y):
+def mean_and_scale(x, i, eps):
+    """Return the mean of row i and 1 / sqrt(variance + eps), each as a vector."""
     n = x.shape[1]
     s = zero()
     for k in range(0, n, LANES):
@@ -120,8 +121,13 @@ def normalize_row(x, i, g, b, eps, y):
     for k in range(0, n, LANES):
         d = load(x, (i, k)) - mean
         s = fma(d, d, s)
-    scale = splat(1.0 / math.sqrt(total(s) / n + eps))
-    for k in range(0, n, LANES):
+    return mean, splat(1.0 / math.sqrt(total(s) / n + eps))
+
+
+@njit
+def normalize_row(x, i, g, b, eps, y):
+    mean, scale = mean_and_scale(x, i, eps)
+    for k in range(0, x.shape[1], LANES):
         store(y, (i, k), fma((load(x, (i, k)) - mean) * scale, load(g, k), load(b, k)))
 
 

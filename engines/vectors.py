@@ -19,7 +19,7 @@ FLOAT, INT = ir.FloatType(), ir.IntType(32)
 FLOATS, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
 
 UNCACHED = []  # why kernels are not kept on disk
-SHARED = [pathlib.Path(__file__).with_name(name).read_bytes() for name in ("vectors.py", "kernels.py")]
+SHARED = [pathlib.Path(__file__).with_name(name).read_bytes() for name in ("vectors.py", "kernels.py", "attention.py")]
 VERSION = f"{zlib.crc32(b''.join(SHARED)):08x}"  # of the code that kernels in several files are compiled from
 
 

@@ -10,7 +10,8 @@ import math
 import numpy as np
 from numba import njit
 
-from engines.kernels import activate, normalize
+from engines.attention import softmax
+from engines.kernels import activate, mean_and_scale, normalize
 from engines.vectors import LANES, exp, fma, kernel, largest, load, maximum, splat, store, total, zero
 from training import fused
 from training.autograd import fuse
@@ -63,15 +64,7 @@ def normalize_backward(dy, x, g, eps, dx, dg, db):  # [rows, n], [rows, n], [n] 
     """Write the gradient of x, and add those of g and b to dg and db."""
     n = x.shape[1]
     for i in range(x.shape[0]):
-        s = zero()
-        for k in range(0, n, LANES):
-            s = s + load(x, (i, k))
-        mean = splat(total(s) / n)
-        s = zero()
-        for k in range(0, n, LANES):
-            z = load(x, (i, k)) - mean
-            s = fma(z, z, s)
-        scale = splat(1.0 / math.sqrt(total(s) / n + eps))
+        mean, scale = mean_and_scale(x, i, eps)
         shift = stretch = zero()
         for k in range(0, n, LANES):
             z, y = (load(x, (i, k)) - mean) * scale, load(dy, (i, k))
@@ -144,20 +137,8 @@ def attention_weights(q, keys, first, p):  # [block, d], [d, n_keys] -> p: [bloc
     """Write the attention weights of queries at the positions from `first` on; keys has one key per column."""
     p[:] = 0
     add_product(q, keys[:, : p.shape[1]], p)
-    scale = splat(q.shape[1] ** -0.5)
     for t in range(p.shape[0]):
-        p[t, first + t + 1 :] = -math.inf
-        highest, s = splat(-math.inf), zero()
-        for j in range(0, p.shape[1], LANES):
-            highest = maximum(load(p, (t, j)), highest)
-        highest = splat(largest(highest))
-        for j in range(0, p.shape[1], LANES):
-            weight = exp((load(p, (t, j)) - highest) * scale)
-            store(p, (t, j), weight)
-            s = s + weight
-        s = splat(1.0) / splat(total(s))
-        for j in range(0, p.shape[1], LANES):
-            store(p, (t, j), load(p, (t, j)) * s)
+        softmax(p[t], first + t + 1, q.shape[1] ** -0.5)
 
 
 @njit
