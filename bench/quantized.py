@@ -13,7 +13,7 @@ import numpy as np
 from common import DATA, SIZE_124M, in_turn, machine, median, seconds, seconds_for, some_tensors, table
 
 from engines.compiled import compiled_model
-from engines.quantized import quantize
+from engines.panels import quantize
 from engines.speculative import SelfDraft, Speculation, self_drafter
 from gpt2 import softmax
 from sampling import make_sampler

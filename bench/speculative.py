@@ -22,7 +22,7 @@ from common import DATA, SIZE_124M, in_turn, machine, median, model_124m, second
 
 import gpt2
 from engines.compiled import compiled_model
-from engines.quantized import quantize
+from engines.panels import quantize
 from engines.speculative import MAX_MATCH, Draft, Lookup, SelfDraft, Speculation
 from utils import load_encoder_hparams_and_params
 from weights.names import n_params, nest, tensor_shapes

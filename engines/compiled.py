@@ -9,8 +9,6 @@ import importlib.util
 import os
 import sys
 
-import numpy as np
-
 from engines.instance import new_instance
 from weights.errors import UserError
 from weights.resources import available_cores, check_memory
@@ -34,11 +32,13 @@ def compiled_model(params, dtype="float32"):
     blocks are copied; wte is only quantized. Raises UserError if numba is missing or memory is short.
     """
     check_copy(params, dtype, "set --engine numpy")
-    attention, kernels, quantized = import_kernels()
+    attention, functions, panels, program = import_kernels()
     model = new_instance()
-    model.linear, model.layer_norm, model.gelu = quantized.linear, kernels.layer_norm, kernels.gelu
+    model.embed, model.linear = functions.embed, functions.linear
+    model.layer_norm, model.gelu = functions.layer_norm, functions.gelu
     model.attention, model.KVCache, model.RowCaches = attention.attention, attention.KVCache, attention.RowCaches
-    return model, kernels.in_layout(params) if dtype == "float32" else quantized.quantize(params, dtype)
+    model.gpt2 = program.Replayed(model.gpt2)
+    return model, panels.in_panels(params) if dtype == "float32" else panels.quantize(params, dtype)
 
 
 def check_copy(params, dtype, remedy):
@@ -53,9 +53,7 @@ def import_kernels():
     """Return the modules of the kernels; print a line if what they compile cannot be kept for the next run."""
     set_environment()
     try:
-        from engines import attention, kernels, quantized, vectors
-
-        kernels.gelu(np.zeros(vectors.LANES, np.float32))  # compiled when it is first called
+        from engines import attention, functions, panels, program, vectors
     except ImportError as error:
         raise UserError(
             f"the compiled engine needs numba ({error}); pip install numba, or set --engine numpy"
@@ -64,7 +62,7 @@ def import_kernels():
         raise KernelError(f"numba cannot compile the kernels ({error}); set --engine numpy") from None
     if vectors.UNCACHED:
         print("note: no folder to keep compiled kernels in: set NUMBA_CACHE_DIR to one", file=sys.stderr)
-    return attention, kernels, quantized
+    return attention, functions, panels, program
 
 
 def set_environment():

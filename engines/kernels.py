@@ -1,112 +1,174 @@
-"""The compiled counterparts of linear, layer_norm and gelu in gpt2.py, for float32 arrays.
+"""The compiled functions of the engine. Each computes a part of an operation in the thread that calls it (program.py).
 
-A row of a result has the same bits whatever other rows are computed with it, and whatever the number of threads: every
-sum is taken in the same order. Arrays whose last axis is not a multiple of LANES go to gpt2.py's functions.
+A row of a result has the same bits whatever other rows are computed with it, and whichever thread computes it: every
+sum is taken in the same order.
 """
 
-import functools
 import math
 
 import numpy as np
-from numba import njit, prange
+from llvmlite import binding, ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
 
-import gpt2
-from engines.vectors import LANES, exp, fma, fma4, kernel, load, prefetch, splat, store, total, zero
+from engines.vectors import (
+    FLOATS,
+    INTS,
+    LANES,
+    exp,
+    fma,
+    fma_each,
+    kernel,
+    largest,
+    load,
+    load4,
+    loads,
+    maximum,
+    pointer,
+    splat,
+    store,
+    store4,
+    stores,
+    total,
+    vector,
+    zero,
+)
 
-MANY = 2**14  # elements from which a function of single rows or elements is worth a parallel region
-ROWS = 256  # rows of x that a product takes at a time: they stay in the processor's cache
-TILE, WIDTH = 4, 6  # rows of x and of the transposed w that are multiplied at a time: 24 sums fit into the registers
+PANEL = 4 * LANES  # columns of a weight that lie side by side
+GROUP = 32  # rows of a panel with the same scales, for codes of 4 bits
+TILE = 6  # rows of x that are multiplied at a time
+WIDTH = 4 if "avx512f" in binding.get_host_cpu_features() else 1  # vectors of each: 24 or 6 sums, of 32 or 12 registers
+QUERIES = 4  # queries that are attended from at a time, with 4 vectors of each
+BYTES = ir.VectorType(ir.IntType(8), LANES)
+
+
+@intrinsic
+def address_of(typing_context, address):
+    """address_of(i): the integer i as a pointer, for carray()."""
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), generate
 
 
 @njit
-def multiply_tile(x, i, w, j, b, y, ahead, ahead_end):
-    """Compute y[i : i+TILE, j : j+WIDTH] of product(), and prefetch the rows of w from ahead to ahead_end.
+def matrix(address, n_rows, n):
+    """The float32 array [n_rows, n] at an address."""
+    return carray(address_of(address), (n_rows, n), np.float32)
 
-    Rows of x beyond the last one repeat it.
-    """
+
+# Products. A weight [n_in, n_out] lies in panels of PANEL columns, [n_in, PANEL] each; see panels.py.
+
+
+@njit
+def row_float32(panel, scales, k):  # [n_in, PANEL], [1, PANEL] -> 4 vectors
+    return load4(panel, (k, 0))
+
+
+@njit
+def row_int8(panel, scales, k):  # [n_in, PANEL] int8, [1, PANEL] -> 4 vectors
+    return times(load4(panel, (k, 0)), load4(scales, (0, 0)))
+
+
+@njit
+def row_int4(panel, scales, k):  # [n_in, PANEL/2] uint8, [n_in/GROUP, PANEL] -> 4 vectors
+    codes = lower(panel, (k, 0)), lower(panel, (k, LANES)), upper(panel, (k, 0)), upper(panel, (k, LANES))
+    return times(codes, load4(scales, (k // GROUP, 0)))
+
+
+@njit
+def times(a, b):
+    return a[0] * b[0], a[1] * b[1], a[2] * b[2], a[3] * b[3]
+
+
+def code_of_half(is_upper):
+    """An intrinsic f(a, index): the codes, 0 to 15, in half of each of LANES contiguous bytes, minus 8."""
+
+    def constant(value):
+        return ir.Constant(INTS, [value] * LANES)
+
+    @intrinsic
+    def code(typing_context, a, index):
+        def generate(context, builder, signature, args):
+            address = builder.bitcast(pointer(context, builder, a, args[0], index, args[1]), BYTES.as_pointer())
+            byte = builder.zext(builder.load(address, align=1), INTS)
+            half = builder.lshr(byte, constant(4)) if is_upper else builder.and_(byte, constant(15))
+            return builder.sitofp(builder.sub(half, constant(8)), FLOATS)
+
+        return vector(a, index), generate
+
+    return code
+
+
+lower, upper = code_of_half(is_upper=False), code_of_half(is_upper=True)
+
+
+def product_with(row_of):
+    """Return a function that multiplies rows of x by a panel; row_of(panel, scales, k) are the floats of its row k."""
+
+    @njit
+    def product(x, panel, scales, b, y):  # [rows, n_in], panel, its scales, [1, PANEL] -> y: [rows, PANEL]
+        if x.shape[0] == 1:
+            sums = load4(b, (0, 0))
+            for k in range(x.shape[1]):
+                sums = fma_each(splat(x[0, k]), row_of(panel, scales, k), sums)
+            store4(y, (0, 0), sums)
+        else:
+            floats = np.empty((x.shape[1], PANEL), np.float32)
+            for k in range(x.shape[1]):
+                store4(floats, (k, 0), row_of(panel, scales, k))
+            product_of_rows(x, floats, b, y)
+
+    return product
+
+
+@njit
+def product_of_rows(x, panel, b, y):  # [rows, n_in], [n_in, PANEL], [1, PANEL] -> y: [rows, PANEL]
+    for j in range(0, PANEL, WIDTH * LANES):
+        for i in range(0, x.shape[0], TILE):
+            product_of_tile(x, i, panel, j, b, y)
+
+
+load_each, store_each = loads(WIDTH), stores(WIDTH)
+
+
+@njit
+def product_of_tile(x, i0, panel, j, b, y):
+    """Compute y[i0 : i0 + TILE, j : j + WIDTH*LANES]. Rows beyond the last one repeat it."""
     last = x.shape[0] - 1
-    i0, i1, i2, i3 = i, min(i + 1, last), min(i + 2, last), min(i + 3, last)
-    s0 = s1 = s2 = s3 = (zero(), zero(), zero(), zero(), zero(), zero())
-    for k in range(0, w.shape[1], LANES):
-        for row in range(ahead, ahead_end):
-            prefetch(w, (row, k))
-        three = load(w, (j, k)), load(w, (j + 1, k)), load(w, (j + 2, k))
-        six = (*three, load(w, (j + 3, k)), load(w, (j + 4, k)), load(w, (j + 5, k)))
-        s0 = fma6(load(x, (i0, k)), six, s0)
-        s1 = fma6(load(x, (i1, k)), six, s1)
-        s2 = fma6(load(x, (i2, k)), six, s2)
-        s3 = fma6(load(x, (i3, k)), six, s3)
-    write_sums(y, i0, j, b, s0)
-    write_sums(y, i1, j, b, s1)
-    write_sums(y, i2, j, b, s2)
-    write_sums(y, i3, j, b, s3)
+    i1, i2, i3, i4, i5 = min(i0 + 1, last), min(i0 + 2, last), min(i0 + 3, last), min(i0 + 4, last), min(i0 + 5, last)
+    s0 = s1 = s2 = s3 = s4 = s5 = load_each(b, (0, j))
+    for k in range(panel.shape[0]):
+        w = load_each(panel, (k, j))
+        s0 = fma_each(splat(x[i0, k]), w, s0)
+        s1 = fma_each(splat(x[i1, k]), w, s1)
+        s2 = fma_each(splat(x[i2, k]), w, s2)
+        s3 = fma_each(splat(x[i3, k]), w, s3)
+        s4 = fma_each(splat(x[i4, k]), w, s4)
+        s5 = fma_each(splat(x[i5, k]), w, s5)
+    store_each(y, (i5, j), s5)
+    store_each(y, (i4, j), s4)
+    store_each(y, (i3, j), s3)
+    store_each(y, (i2, j), s2)
+    store_each(y, (i1, j), s1)
+    store_each(y, (i0, j), s0)
 
 
 @njit
-def fma6(x, w, sums):
-    return (*fma4(x, w[:4], sums[:4]), fma(x, w[4], sums[4]), fma(x, w[5], sums[5]))
+def product_float32(x, panel, scales, b, y):
+    """product_with(row_float32), without a copy of the panel."""
+    if x.shape[0] == 1:
+        product_of_row(x, panel, scales, b, y)
+    else:
+        product_of_rows(x, panel, b, y)
 
 
-@njit
-def write_sums(y, i, j, b, sums):
-    y[i, j], y[i, j + 1], y[i, j + 2] = total(sums[0]) + b[j], total(sums[1]) + b[j + 1], total(sums[2]) + b[j + 2]
-    j += 3
-    y[i, j], y[i, j + 1], y[i, j + 2] = total(sums[3]) + b[j], total(sums[4]) + b[j + 1], total(sums[5]) + b[j + 2]
+product_of_row = product_with(row_float32)
+product_int8, product_int4 = product_with(row_int8), product_with(row_int4)
 
 
-@kernel(parallel=True)
-def product(x, w, b, y):  # [rows, n_in], [n_out, n_in], [n_out] -> y: [rows, n_out]
-    """Write x @ w.T + b to y; n_out is at least WIDTH.
-
-    Each tile of w is read from memory once, while the tiles of x go over it, and the next tile is prefetched.
-    """
-    n_out, groups = w.shape[0], -(-x.shape[0] // TILE)
-    share = -(-WIDTH // groups)  # rows of the next tile of w that each tile of x prefetches
-    for block in prange(-(-n_out // WIDTH)):
-        j = min(WIDTH * block, n_out - WIDTH)
-        for group in range(groups):
-            first, stop = min(group * share, WIDTH), min((group + 1) * share, WIDTH)
-            multiply_tile(x, TILE * group, w, j, b, y, j + WIDTH + first, j + WIDTH + stop)
-
-
-@kernel(parallel=True)
-def product_of_row(x, w, b, y):  # [1, n_in], [n_out, n_in], [n_out] -> y: [1, n_out]
-    """product() for one row of x: reading one row of w at a time, a thread reads memory in one stream."""
-    for j in prange(w.shape[0]):
-        s = zero()
-        for k in range(0, w.shape[1], LANES):
-            s = fma(load(x, (0, k)), load(w, (j, k)), s)
-        y[0, j] = total(s) + b[j]
-
-
-@functools.cache
-def no_bias(n_out):
-    return read_only(np.zeros(n_out, np.float32))
-
-
-def is_supported(x):
-    """Return whether the kernels can compute with x."""
-    return x.shape[-1] % LANES == 0 and x.dtype == np.float32
-
-
-def read_only(a):
-    """Return a view that cannot be written to: numba compiles one version for writable and one for other arrays."""
-    view = a.view()
-    view.flags.writeable = False
-    return view
-
-
-def linear(x, w, b):  # [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]
-    """gpt2.linear for a w in Fortran order, such as wte.T; b may be 0."""
-    n_in, n_out = w.shape
-    if not is_supported(x) or n_out < WIDTH or not w.flags.f_contiguous:
-        return gpt2.linear(x, w, b)
-    x, lead = np.ascontiguousarray(x).reshape(-1, n_in), x.shape[:-1]
-    y = np.empty((len(x), n_out), np.float32)
-    run = product_of_row if len(x) == 1 else product
-    for i in range(0, len(x), ROWS):
-        run(x[i : i + ROWS], w.T, b if np.ndim(b) else no_bias(n_out), y[i : i + ROWS])
-    return y.reshape(*lead, n_out)
+# Functions of single rows and elements
 
 
 @njit
@@ -124,110 +186,108 @@ def mean_and_scale(x, i, eps):
     return mean, splat(1.0 / math.sqrt(total(s) / n + eps))
 
 
-@njit
-def normalize_row(x, i, g, b, eps, y):
-    mean, scale = mean_and_scale(x, i, eps)
-    for k in range(0, x.shape[1], LANES):
-        store(y, (i, k), fma((load(x, (i, k)) - mean) * scale, load(g, k), load(b, k)))
-
-
 @kernel()
 def normalize(x, g, b, eps, y):  # [rows, n], [n], [n] -> y: [rows, n]
     """Write layer_norm(x, g, b) to y."""
     for i in range(x.shape[0]):
-        normalize_row(x, i, g, b, eps, y)
-
-
-@kernel(parallel=True)
-def normalize_parallel(x, g, b, eps, y):  # [rows, n], [n], [n] -> y: [rows, n]
-    """normalize() for many rows."""
-    for i in prange(x.shape[0]):
-        normalize_row(x, i, g, b, eps, y)
-
-
-def layer_norm(x, g, b, eps=1e-5):  # [..., n], [n], [n] -> [..., n]
-    """gpt2.layer_norm."""
-    if not is_supported(x):
-        return gpt2.layer_norm(x, g, b, eps)
-    x, y = np.ascontiguousarray(x), np.empty(x.shape, np.float32)
-    run = normalize_parallel if x.size >= MANY else normalize
-    run(x.reshape(-1, x.shape[-1]), g, b, eps, y.reshape(-1, x.shape[-1]))
-    return y
-
-
-@njit
-def activate_part(x, start, stop, y):
-    for k in range(start, stop, LANES):
-        v = load(x, k)
-        z = fma(splat(0.044715) * v * v, v, v) * splat(-2 * math.sqrt(2 / math.pi))
-        store(y, k, v / (splat(1.0) + exp(z)))
+        mean, scale = mean_and_scale(x, i, eps)
+        for k in range(0, x.shape[1], LANES):
+            store(y, (i, k), fma((load(x, (i, k)) - mean) * scale, load(g, k), load(b, k)))
 
 
 @kernel()
 def activate(x, y):  # [n] -> y: [n]
     """Write gelu(x) to y, as x / (1 + exp(-2 z)): 1 + tanh(z) is 2 / (1 + exp(-2 z))."""
-    activate_part(x, 0, x.size, y)
+    for k in range(0, x.size, LANES):
+        v = load(x, k)
+        z = fma(splat(0.044715) * v * v, v, v) * splat(-2 * math.sqrt(2 / math.pi))
+        store(y, k, v / (splat(1.0) + exp(z)))
 
 
-@kernel(parallel=True)
-def activate_parallel(x, y):  # [n] -> y: [n]
-    """activate() for many elements."""
-    part = 256 * LANES
-    for i in prange(-(-x.size // part)):
-        activate_part(x, i * part, min((i + 1) * part, x.size), y)
+@njit
+def add(x, y, z):  # [n], [n] -> z: [n]
+    """Write x + y to z."""
+    for k in range(0, x.size, LANES):
+        store(z, k, load(x, k) + load(y, k))
 
 
-def gelu(x):  # [..., n] -> [..., n]
-    """gpt2.gelu."""
-    if not is_supported(x):
-        return gpt2.gelu(x)
-    x, y = np.ascontiguousarray(x), np.empty(x.shape, np.float32)
-    run = activate_parallel if x.size >= MANY else activate
-    run(x.reshape(-1), y.reshape(-1))
-    return y
+# Attention
 
 
-@kernel(parallel=True)
-def transpose(w, y):  # [n_in, n_out] -> y: [n_out, n_in]
-    """Write w.T to y, in blocks of LANES x LANES elements: both are read and written in whole cache lines."""
-    n_in, n_out = w.shape
-    for block in prange(-(-n_out // LANES)):
-        stop = min((block + 1) * LANES, n_out)
-        for start in range(0, n_in, LANES):
-            for j in range(block * LANES, stop):
-                for k in range(start, min(start + LANES, n_in)):
-                    y[j, k] = w[k, j]
+@njit
+def multiply(x, w, y):  # [n_rows, n], [n, >= n_columns] -> y: [n_rows, n_columns]
+    """Write x @ w to y, for 1 to QUERIES rows and a multiple of LANES columns; those of w beyond y's are not read."""
+    last_row, last = x.shape[0] - 1, y.shape[1] - LANES
+    r1, r2, r3 = min(1, last_row), min(2, last_row), min(3, last_row)  # beyond the last row, it is repeated
+    for j0 in range(0, last + 1, 4 * LANES):
+        j1, j2, j3 = min(j0 + LANES, last), min(j0 + 2 * LANES, last), min(j0 + 3 * LANES, last)
+        s0 = s1 = s2 = s3 = (zero(), zero(), zero(), zero())
+        for k in range(x.shape[1]):
+            four = load(w, (k, j0)), load(w, (k, j1)), load(w, (k, j2)), load(w, (k, j3))
+            s0 = fma_each(splat(x[0, k]), four, s0)
+            if last_row > 0:
+                s1 = fma_each(splat(x[r1, k]), four, s1)
+                s2 = fma_each(splat(x[r2, k]), four, s2)
+                s3 = fma_each(splat(x[r3, k]), four, s3)
+        columns = j0, j1, j2, j3
+        if last_row > 0:
+            store_columns(y, r3, columns, s3)
+            store_columns(y, r2, columns, s2)
+            store_columns(y, r1, columns, s1)
+        store_columns(y, 0, columns, s0)
 
 
-def in_layout(params):
-    """Return the parameters for these functions: the weights of the blocks in Fortran order, all arrays read-only."""
-    layers = [layer for block in params["blocks"] for part in ("attn", "mlp") for layer in block[part].values()]
-    arena = huge_pages(sum(layer["w"].size for layer in layers))
-    end = 0
-
-    def laid_out(value):
-        if isinstance(value, dict):
-            return {name: copied(a) if name == "w" else laid_out(a) for name, a in value.items()}
-        return [laid_out(a) for a in value] if isinstance(value, list) else read_only(value)
-
-    def copied(w):
-        nonlocal end
-        end += w.size
-        return transposed(w, arena[end - w.size : end])
-
-    return laid_out(params)
+@njit
+def store_columns(y, i, columns, sums):
+    store(y, (i, columns[0]), sums[0])
+    store(y, (i, columns[1]), sums[1])
+    store(y, (i, columns[2]), sums[2])
+    store(y, (i, columns[3]), sums[3])
 
 
-def huge_pages(n):
-    """Return an array of n float32 elements, aligned to a huge page, for which Linux uses huge pages where it can."""
-    page = 2**21
-    arena = np.empty(4 * n + page, np.uint8)
-    start = -arena.ctypes.data % page
-    return arena[start : start + 4 * n].view(np.float32)
+@njit
+def softmax(scores, n_keys, scale):  # [n] -> scores: [n]
+    """Replace the scores of the first n_keys keys by softmax(scale * scores), those of the others by 0."""
+    scores[n_keys:] = -math.inf
+    highest, sums = splat(-math.inf), zero()
+    for j in range(0, scores.size, LANES):
+        highest = maximum(load(scores, j), highest)  # which a NaN never becomes; its exponential is NaN
+    highest = splat(largest(highest))
+    for j in range(0, scores.size, LANES):
+        exp_x = exp((load(scores, j) - highest) * splat(scale))
+        store(scores, j, exp_x)
+        sums = sums + exp_x
+    factor = splat(1.0 / total(sums))
+    for j in range(0, scores.size, LANES):
+        store(scores, j, load(scores, j) * factor)
 
 
-def transposed(w, arena=None):  # [n_in, n_out] -> [n_in, n_out]
-    """Return a copy of w in Fortran order, in the array arena if there is one."""
-    copy = (np.empty(w.size, np.float32) if arena is None else arena).reshape(w.shape[::-1])
-    transpose(read_only(w), copy)
-    return read_only(copy).T
+BLOCK = 4 * LANES  # keys that are stored side by side
+
+
+@njit
+def attend_tile(q, keys, values, n_keys, scores, out):  # [n_q, d] -> out: [n_q, d]
+    """Attend from up to QUERIES queries, the last of which sees n_keys keys; scores is [QUERIES, >= n_keys] of scratch."""
+    n_q, d = q.shape
+    scores = scores[:n_q, : -(-n_keys // LANES) * LANES]
+    for block in range(-(-n_keys // BLOCK)):
+        multiply(q, keys[block], scores[:, block * BLOCK : (block + 1) * BLOCK])
+    for i in range(n_q):
+        softmax(scores[i], n_keys - n_q + i + 1, 1 / math.sqrt(d))
+    multiply(scores[:, :n_keys], values, out)
+
+
+@njit
+def attend_head(q, k, v, n_past, keys, values, out):  # [n_q, d], [n_new, d], [n_new, d] -> out: [n_q, d]
+    """Append k and v to the keys [n_blocks, d, BLOCK] and the values [n_blocks*BLOCK, d] of a head, then attend."""
+    (n_q, d), n_new = q.shape, k.shape[0]
+    for p in range(n_new):
+        block, lane = divmod(n_past + p, BLOCK)
+        for j in range(d):
+            keys[block, j, lane] = k[p, j]
+            values[n_past + p, j] = v[p, j]
+    first = n_past + n_new - n_q  # position of the first query
+    scores = np.empty((QUERIES, len(values)), np.float32)
+    for p in range(0, n_q, QUERIES):
+        stop = min(p + QUERIES, n_q)
+        attend_tile(q[p:stop], keys, values, first + stop, scores, out[p:stop])

@@ -110,7 +110,7 @@ class SelfDraft:
 
 def self_drafter(model, params, n_head):
     """Return the make_drafters of a compiled model that drafts for itself where the text does not repeat itself."""
-    from engines.quantized import quantize
+    from engines.panels import quantize
 
     check_copy(params, "int8", "leave out --speculate self")
     draft_params = quantize(params, "int8")

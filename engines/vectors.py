@@ -19,7 +19,7 @@ FLOAT, INT = ir.FloatType(), ir.IntType(32)
 FLOATS, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
 
 UNCACHED = []  # why kernels are not kept on disk
-SHARED = [pathlib.Path(__file__).with_name(name).read_bytes() for name in ("vectors.py", "kernels.py", "attention.py")]
+SHARED = [pathlib.Path(__file__).with_name(name).read_bytes() for name in ("vectors.py", "kernels.py")]
 VERSION = f"{zlib.crc32(b''.join(SHARED)):08x}"  # of the code that kernels in several files are compiled from
 
 
@@ -94,18 +94,57 @@ def pointer(context, builder, array_type, array, index_type, index):
     return cgutils.get_item_pointer(context, builder, array_type, array, indices, wraparound=False)
 
 
+def load_at(context, builder, array_type, address):
+    """Load LANES elements, float32 or int8, and convert them to float32."""
+    element = context.get_data_type(array_type.dtype)
+    address = builder.bitcast(address, ir.VectorType(element, LANES).as_pointer())
+    elements = builder.load(address, align=array_type.dtype.bitwidth // 8)
+    return elements if element == FLOAT else builder.sitofp(elements, FLOATS)
+
+
 @intrinsic
 def load(typing_context, a, index):
     """load(a, index): LANES contiguous elements of the array a, float32 or int8, from a[index] on."""
 
     def generate(context, builder, signature, args):
-        element = context.get_data_type(a.dtype)
-        vector_type = ir.VectorType(element, LANES)
-        address = builder.bitcast(pointer(context, builder, a, args[0], index, args[1]), vector_type.as_pointer())
-        elements = builder.load(address, align=a.dtype.bitwidth // 8)
-        return elements if element == FLOAT else builder.sitofp(elements, FLOATS)
+        return load_at(context, builder, a, pointer(context, builder, a, args[0], index, args[1]))
 
     return vector(a, index), generate
+
+
+def loads(n):
+    """An intrinsic f(a, index): a tuple of n vectors, contiguous in the array a from a[index] on."""
+
+    @intrinsic
+    def load_vectors(typing_context, a, index):
+        def generate(context, builder, signature, args):
+            first = pointer(context, builder, a, args[0], index, args[1])
+            vectors = [load_at(context, builder, a, builder.gep(first, [INT(i * LANES)])) for i in range(n)]
+            return context.make_tuple(builder, signature.return_type, vectors)
+
+        return types.UniTuple(vector, n)(a, index), generate
+
+    return load_vectors
+
+
+def stores(n):
+    """An intrinsic f(a, index, vectors): write a tuple of n vectors to the float32 array a, from a[index] on."""
+
+    @intrinsic
+    def store_vectors(typing_context, a, index, vectors):
+        def generate(context, builder, signature, args):
+            first = pointer(context, builder, a, args[0], index, args[1])
+            for i, v in enumerate(cgutils.unpack_tuple(builder, args[2])):
+                address = builder.gep(first, [INT(i * LANES)])
+                builder.store(v, builder.bitcast(address, FLOATS.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return types.void(a, index, vectors), generate
+
+    return store_vectors
+
+
+load4, store4 = loads(4), stores(4)
 
 
 @intrinsic
@@ -227,10 +266,40 @@ def nearest(typing_context, v):
     return vector(v), lambda context, builder, signature, args: call(builder, "llvm.rint", *args)
 
 
-@njit
-def fma4(x, w, sums):
-    """fma4(x, w, sums): fma(x, w[i], sums[i]) for tuples of four vectors."""
-    return fma(x, w[0], sums[0]), fma(x, w[1], sums[1]), fma(x, w[2], sums[2]), fma(x, w[3], sums[3])
+@intrinsic
+def fma_each(typing_context, x, ws, sums):
+    """fma_each(x, ws, sums): the tuple of fma(x, w, s) for the vectors w and s of two tuples of the same length."""
+
+    def generate(context, builder, signature, args):
+        pairs = zip(cgutils.unpack_tuple(builder, args[1]), cgutils.unpack_tuple(builder, args[2]), strict=True)
+        results = [call(builder, "llvm.fma", args[0], *pair) for pair in pairs]
+        return context.make_tuple(builder, signature.return_type, results)
+
+    return sums(x, ws, sums), generate
+
+
+# Atomic operations on elements of an int64 array
+
+
+@intrinsic
+def fetch_add(typing_context, a, index, n):
+    """fetch_add(a, index, n): add n to a[index] and return what it was before."""
+
+    def generate(context, builder, signature, args):
+        address = pointer(context, builder, a, args[0], index, args[1])
+        return builder.atomic_rmw("add", address, context.cast(builder, args[2], n, types.int64), "acq_rel")
+
+    return types.int64(a, index, n), generate
+
+
+@intrinsic
+def fetch(typing_context, a, index):
+    """fetch(a, index): a[index], and see what other threads wrote before they changed it."""
+
+    def generate(context, builder, signature, args):
+        return builder.load_atomic(pointer(context, builder, a, args[0], index, args[1]), "acquire", align=8)
+
+    return types.int64(a, index), generate
 
 
 @njit(inline="always")

@@ -1,0 +1,75 @@
+"""The compiled counterparts of functions in gpt2.py, for float32 arrays.
+
+Sizes that the kernels cannot compute with go to gpt2.py's functions: those that are no multiples of LANES.
+"""
+
+import functools
+
+import numpy as np
+
+import gpt2
+from engines.kernels import PANEL
+from engines.panels import Panels
+from engines.program import (
+    ACTIVATE,
+    ELEMENTS,
+    EPS,
+    FLOAT32_PRODUCT,
+    INT4_PRODUCT,
+    INT8_PRODUCT,
+    NORMALIZE,
+    ROWS,
+    address,
+    contiguous,
+    empty,
+    execute,
+    start_recording,
+)
+from engines.vectors import LANES
+
+PRODUCTS = {np.float32: FLOAT32_PRODUCT, np.int8: INT8_PRODUCT, np.uint8: INT4_PRODUCT}
+
+
+def is_supported(x):
+    return x.shape[-1] % LANES == 0 and x.dtype == np.float32
+
+
+def embed(inputs, wte, wpe, n_past=0):  # [..., n_seq] -> [..., n_seq, n_embd]
+    """gpt2.embed."""
+    return start_recording(gpt2.embed(inputs, wte, wpe, n_past))
+
+
+def linear(x, w, b):  # [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]
+    """gpt2.linear for a weight in panels; b may be 0."""
+    if not isinstance(w, Panels):
+        return gpt2.linear(x, w, b)
+    x, (n_in, n_out) = contiguous(x), w.shape
+    y, n_rows = empty((*x.shape[:-1], n_out)), x.size // n_in
+    b = b if np.ndim(b) else no_bias(n_out)
+    addresses = map(address, (x, w.codes, w.scales, b, y))
+    execute(PRODUCTS[w.codes.dtype.type], len(w.codes), *addresses, n_rows, n_in, n_out)
+    return y
+
+
+@functools.cache
+def no_bias(n_out):
+    return np.zeros(n_out, np.float32)
+
+
+def layer_norm(x, g, b, eps=EPS):  # [..., n], [n], [n] -> [..., n]
+    """gpt2.layer_norm."""
+    if not is_supported(x) or eps != EPS:
+        return gpt2.layer_norm(x, g, b, eps)
+    x, y, n_rows = contiguous(x), empty(x.shape), x.size // x.shape[-1]
+    fields = {"w": address(g), "b": address(b), "y": address(y), "n_rows": n_rows, "n_in": x.shape[-1]}
+    execute(NORMALIZE, -(-n_rows // ROWS), address(x), **fields)
+    return y
+
+
+def gelu(x):  # [..., n] -> [..., n]
+    """gpt2.gelu."""
+    if not is_supported(x):
+        return gpt2.gelu(x)
+    x, y = contiguous(x), empty(x.shape)
+    execute(ACTIVATE, -(-x.size // ELEMENTS), address(x), y=address(y), n_in=x.size)
+    return y

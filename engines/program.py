@@ -1,0 +1,315 @@
+"""Operations of compiled functions: one at a time, or a recorded forward pass in a single parallel region.
+
+A pass over one token consists of about 120 operations, some of which take less than a microsecond. Starting each of
+them from Python, and waiting until all threads have finished it, takes a tenth of the pass. Therefore the first pass of
+a shape records its operations, with the addresses of their arrays, and later passes of this shape run the recorded
+program, as a CUDA graph does.
+
+An operation has parts. The threads take parts until none is left and then wait until all parts are finished. Each
+thread begins with a segment of its own, so that it reads the weights in one stream; a thread that has finished its
+segment helps with the others.
+"""
+
+import collections
+import contextlib
+import functools
+import os
+import threading
+import weakref
+
+import numpy as np
+from llvmlite import binding
+from numba import carray, from_dtype, get_num_threads, int64, njit, prange, types
+
+import gpt2
+from engines.kernels import (
+    BLOCK,
+    GROUP,
+    PANEL,
+    activate,
+    add,
+    address_of,
+    attend_head,
+    matrix,
+    normalize,
+    product_float32,
+    product_int4,
+    product_int8,
+)
+from engines.vectors import fetch, fetch_add, kernel
+
+NORMALIZE, ACTIVATE, ADD, ATTEND, FLOAT32_PRODUCT, INT8_PRODUCT, INT4_PRODUCT = range(7)
+ROWS, ELEMENTS = 8, 2**12  # of a part of layer_norm, of the functions of single elements
+EPS = 1e-5  # of layer_norm
+LINE = 8  # int64 elements of a cache line, which a counter has for itself
+SPINS = 500  # times that a waiting thread looks before it lets another program run
+
+# Arrays are given by their addresses. Those of attention have strides in elements; see each function.
+FIELDS = ("kind", "n_parts", "x", "w", "scales", "b", "y", "n_rows", "n_in", "n_out")
+FIELDS += ("k", "v", "rows", "batch", "n_head", "n_new", "x_batch", "x_head", "x_row", "k_batch", "k_head", "k_row")
+Operation = collections.namedtuple("Operation", FIELDS, defaults=[0] * (len(FIELDS) - 2))
+OPERATION = np.dtype([(name, np.int64) for name in FIELDS])
+
+if not hasattr(os, "sched_yield"):  # Windows
+    binding.load_library_permanently("kernel32.dll")
+let_others_run = types.ExternalFunction("sched_yield" if hasattr(os, "sched_yield") else "SwitchToThread", types.int32())
+
+
+@njit
+def normalize_part(op, part):  # x: [n_rows, n_in], w (the gain): [n_in], b: [n_in] -> y: [n_rows, n_in]
+    first, stop, n = part * ROWS, min((part + 1) * ROWS, op.n_rows), op.n_in
+    x, y = matrix(op.x, op.n_rows, n), matrix(op.y, op.n_rows, n)
+    normalize(x[first:stop], matrix(op.w, 1, n)[0], matrix(op.b, 1, n)[0], EPS, y[first:stop])
+
+
+@njit
+def elements(address, part, n):
+    return matrix(address, 1, n)[0, part * ELEMENTS : (part + 1) * ELEMENTS]
+
+
+@njit
+def product_part(op, p):  # x: [n_rows, n_in], w: panels, b: [n_out] -> y: [n_rows, n_out]
+    """Compute panel p. The last panel may have columns that y lacks: it is computed in an array of its own."""
+    first, n = p * PANEL, min(PANEL, op.n_out - p * PANEL)
+    x = matrix(op.x, op.n_rows, op.n_in)
+    b, y = matrix(op.b, 1, op.n_out)[:, first : first + n], matrix(op.y, op.n_rows, op.n_out)[:, first : first + n]
+    if n == PANEL:
+        multiply(op, x, p, b, y)
+    else:
+        own_b, own_y = np.zeros((1, PANEL), np.float32)[:, :PANEL], np.empty((op.n_rows, PANEL), np.float32)[:, :PANEL]
+        own_b[:, :n] = b
+        multiply(op, x, p, own_b, own_y)
+        y[:] = own_y[:, :n]
+
+
+@njit
+def multiply(op, x, p, b, y):
+    n_in, shape = op.n_in, (op.n_in, PANEL)
+    if op.kind == FLOAT32_PRODUCT:
+        panel = carray(address_of(op.w + p * n_in * PANEL * 4), shape, np.float32)
+        product_float32(x, panel, b, b, y)
+    elif op.kind == INT8_PRODUCT:
+        panel = carray(address_of(op.w + p * n_in * PANEL), shape, np.int8)
+        product_int8(x, panel, matrix(op.scales + p * PANEL * 4, 1, PANEL), b, y)
+    else:
+        panel = carray(address_of(op.w + p * n_in * PANEL // 2), (n_in, PANEL // 2), np.uint8)
+        n_groups = n_in // GROUP
+        product_int4(x, panel, matrix(op.scales + p * n_groups * PANEL * 4, n_groups, PANEL), b, y)
+
+
+@njit
+def attend_part(op, part):
+    """x (the queries): [batch, n_head, n_rows, n_in], k and v: [batch, n_head, n_new, n_in] -> y: as x.
+
+    Heads of n_in elements; y is in memory [batch, n_rows, n_head, n_in]. rows: the address of each row's keys and
+    values (see attention.KVCache), n_past and n_blocks, [batch, 3].
+    """
+    row, head = part % op.batch, part // op.batch  # a thread has the same heads of every row
+    n_q, d, n_head = op.n_rows, op.n_in, op.n_head
+    address, n_past, n_blocks = carray(address_of(op.rows), (op.batch, 3), np.int64)[row]
+    size = n_blocks * BLOCK * d
+    kv = carray(address_of(address + 8 * size * head), (2, size), np.float32)
+    offset = 4 * (op.k_batch * row + op.k_head * head)
+    attend_head(
+        matrix(op.x + 4 * (op.x_batch * row + op.x_head * head), n_q, op.x_row)[:, :d],
+        matrix(op.k + offset, op.n_new, op.k_row)[:, :d],
+        matrix(op.v + offset, op.n_new, op.k_row)[:, :d],
+        n_past,
+        kv[0].reshape(n_blocks, d, BLOCK),
+        kv[1].reshape(n_blocks * BLOCK, d),
+        matrix(op.y + 4 * d * (head + n_head * n_q * row), n_q, n_head * d)[:, :d],
+    )
+
+
+@njit
+def perform(op, part):
+    if op.kind >= FLOAT32_PRODUCT:
+        product_part(op, part)
+    elif op.kind == NORMALIZE:
+        normalize_part(op, part)
+    elif op.kind == ACTIVATE:
+        activate(elements(op.x, part, op.n_in), elements(op.y, part, op.n_in))
+    elif op.kind == ADD:
+        add(elements(op.x, part, op.n_in), elements(op.w, part, op.n_in), elements(op.y, part, op.n_in))
+    else:
+        attend_part(op, part)
+
+
+@kernel(types.void(from_dtype(OPERATION)[::1], types.int64[:, :, ::1], types.int64), parallel=True)
+def run(operations, counters, n_threads):  # counters: [n_operations, n_threads + 1, LINE], all 0
+    """Perform the operations one after another, each in all threads.
+
+    The counters of an operation are the parts taken from each segment, and the parts finished. A thread that does not
+    get a processor delays only the part that it has taken.
+    """
+    for thread in prange(n_threads):
+        for i in range(len(operations)):
+            op = operations[i]
+            for turn in range(n_threads):
+                segment = (int64(thread) + turn) % n_threads
+                first, stop = op.n_parts * segment // n_threads, op.n_parts * (segment + 1) // n_threads
+                part = first + fetch_add(counters, (i, segment, 0), 1)
+                while part < stop:
+                    perform(op, part)
+                    fetch_add(counters, (i, n_threads, 0), 1)
+                    part = first + fetch_add(counters, (i, segment, 0), 1)
+            spins = 0
+            while fetch(counters, (i, n_threads, 0)) < op.n_parts:
+                spins += 1
+                if spins > SPINS:
+                    let_others_run()
+
+
+def start(operations):
+    n_threads = get_num_threads()
+    run(operations, np.zeros((len(operations), n_threads + 1, LINE), np.int64), n_threads)
+
+
+def address(a):
+    return a.__array_interface__["data"][0]
+
+
+# Recording
+
+
+class Recorded(np.ndarray):
+    """An array of a pass that is being recorded: adding two of them is an operation, too."""
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        if ufunc is np.add and method == "__call__" and not kwargs and all(map(is_addend, inputs)):
+            return sum_of(*inputs)
+        abandon()
+        return getattr(ufunc, method)(*map(np.asarray, inputs), **kwargs)
+
+
+def is_addend(a):
+    return isinstance(a, Recorded) and a.flags.c_contiguous and a.size % LINE == 0
+
+
+class Program:
+    """The operations of a pass.
+
+    input, output: its embedded tokens and its logits. tables: for each block the rows of its attention, and the
+    arguments with which its cache makes them. is_complete: whether all that the pass computed is recorded.
+    memory: a list of arrays that the operations may use; more are added to it.
+    """
+
+    recorded = None  # the program that is being recorded
+
+    def __init__(self, params, memory):
+        self.params, self.memory, self.free = params, memory, list(memory)  # the operations have addresses of params
+        self.operations, self.tables, self.is_complete = [], [], True
+
+    def empty(self, shape):
+        """Return an array in memory that is used again as soon as Python has freed the array."""
+        n = int(np.prod(shape))
+        i = min((i for i, a in enumerate(self.free) if a.size >= n), key=lambda i: self.free[i].size, default=None)
+        if i is None:
+            self.memory.append(np.empty(n, np.float32))
+        block = self.memory[-1] if i is None else self.free.pop(i)
+        a = Recorded(shape, np.float32, block.data)
+        weakref.finalize(a, self.free.append, block).atexit = False
+        return a
+
+    @contextlib.contextmanager
+    def recording(self):
+        Program.recorded = self
+        try:
+            yield
+        finally:
+            Program.recorded = None
+        self.operations = np.concatenate(self.operations)
+
+    def replay(self, x, cache):  # [..., n_seq, n_embd] -> [..., n_seq, n_vocab]
+        """Return the logits after the embedded tokens x, which are appended to the cache."""
+        self.input[:] = x
+        for layer, (table, shape) in zip(cache, self.tables, strict=True):
+            table[:] = layer.rows(*shape)
+        start(self.operations)
+        for layer in cache:
+            layer.advance(x.shape[-2])
+        return np.array(self.output)
+
+
+def start_recording(x):
+    """Return the embedded tokens of a pass as the input of the program that is being recorded."""
+    if Program.recorded:
+        Program.recorded.input = empty(x.shape)
+        Program.recorded.input[:] = x
+        return Program.recorded.input
+    return x
+
+
+def execute(*fields, **others):
+    """Perform an operation, and record it if a program is being recorded."""
+    operation = np.array([Operation(*fields, **others)], np.int64).view(OPERATION)[:, 0]
+    start(operation)
+    if Program.recorded:
+        Program.recorded.operations.append(operation)
+
+
+def empty(shape):
+    """Return an array for the result of an operation."""
+    return Program.recorded.empty(shape) if Program.recorded else np.empty(shape, np.float32)
+
+
+def contiguous(a):
+    """Return a, or a contiguous copy of it, which is no operation: the program that is being recorded is not used."""
+    if a.flags.c_contiguous and a.dtype == np.float32:
+        return a
+    abandon()
+    return np.ascontiguousarray(a, np.float32)
+
+
+def abandon():
+    if Program.recorded:
+        Program.recorded.is_complete = False
+
+
+def sum_of(x, y):  # [..., n], [..., n] -> [..., n]
+    z = empty(x.shape)
+    execute(ADD, -(-x.size // ELEMENTS), address(x), address(y), y=address(z), n_in=x.size)
+    return z
+
+
+# Replaying
+
+MAX_TOKENS = 64  # of a pass that is recorded; in longer ones the operations take much longer than their start
+MAX_PROGRAMS = 32  # which are kept: one for each number of draft tokens and size of a batch
+
+
+class Replayed:
+    """The function gpt2 of an instance of the module, which records the first pass of a shape and replays it later.
+
+    What is recorded depends on the parameters and on the shape of the tokens, but not on what the cache holds. All
+    programs use the same memory, so one pass runs at a time.
+    """
+
+    def __init__(self, function):
+        self.function, self.programs, self.memory, self.lock = function, {}, [], threading.Lock()
+
+    def __call__(self, inputs, wte, wpe, blocks, ln_f, n_head, cache=None, last_only=False):
+        inputs, params = np.asarray(inputs, dtype=int), (wte, wpe, blocks, ln_f)
+        forward = functools.partial(self.function, inputs, *params, n_head, cache, last_only)
+        if not cache or not 0 < inputs.size <= MAX_TOKENS:
+            return forward()
+        key = (*map(id, params), n_head, type(cache[0]), last_only, inputs.shape)
+        with self.lock:
+            program = self.programs.pop(key, None)
+            if program is None:
+                program, logits = self.record(forward, params)
+            elif program.is_complete:
+                logits = program.replay(gpt2.embed(inputs, wte, wpe, cache[0].n_past), cache)
+            else:
+                logits = forward()
+            self.programs[key] = program  # now the most recently used
+            if len(self.programs) > MAX_PROGRAMS:
+                del self.programs[next(iter(self.programs))]
+        return logits
+
+    def record(self, forward, params):
+        """Return a program and the logits of the pass that it was recorded from."""
+        program = Program(params, self.memory)
+        with program.recording():
+            program.output = forward()
+        return program, np.array(program.output)
