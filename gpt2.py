@@ -80,10 +80,11 @@ def check_context(n_past, n_new, n_ctx):
 
 
 def embed(inputs, wte, wpe, n_past=0):  # [..., n_seq] -> [..., n_seq, n_embd]
-    """Token embeddings plus position embeddings. n_past: number of tokens before inputs, an int or [batch, 1]."""
+    """Token embeddings plus position embeddings. n_past: a token's position minus its index, an int or an array."""
     n_seq = inputs.shape[-1]
-    check_context(np.max(n_past) if np.ndim(n_past) else n_past, n_seq, n_ctx=wpe.shape[0])
-    return wte[inputs] + wpe[n_past + np.arange(n_seq)]
+    positions = n_past + np.arange(n_seq)  # -> [n_seq] or [batch, n_seq]
+    check_context(np.max(positions) + 1 - n_seq if np.ndim(n_past) else n_past, n_seq, n_ctx=wpe.shape[0])
+    return wte[inputs] + wpe[positions]
 
 
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, last_only=False):  # [..., n_seq] -> [..., n_seq, n_vocab]

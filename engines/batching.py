@@ -2,13 +2,14 @@
 
 A pass reads every weight once, so a pass over several rows costs little more than one over a single row. A row that is
 complete leaves the batch and the next prompt takes its place in the next pass (Yu et al. 2022, "Orca", section 3.2).
-Each row has its own cache, position and sampler, and attention runs row by row over that row's positions: there is no
-padding, and a row's result does not depend on the other rows: up to rounding with gpt2.py's functions, bit for bit with
-the compiled ones (compiled.py).
+Prompts that start together are computed together, one after another in one sequence. Each row has its own cache,
+position and sampler, and attention runs row by row over that row's positions: there is no padding, and a row's result
+does not depend on the other rows: up to rounding with gpt2.py's functions, bit for bit with the compiled ones
+(compiled.py).
 """
 
 import copy
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 
 import numpy as np
 
@@ -30,47 +31,103 @@ class RowCaches:
         return np.stack([cache.attend(*row) for cache, *row in zip(self.caches, q, k, v, strict=True)])
 
 
+class JoinedCaches:
+    """The caches of several texts for one block, used as the cache of one sequence that consists of these texts.
+
+    lengths: the number of new tokens of each text.
+    """
+
+    def __init__(self, caches, lengths):
+        self.caches, self.starts = caches, np.cumsum([0, *lengths])
+
+    @property
+    def n_past(self):
+        """The position of each token in its text, minus its index in the sequence."""
+        pasts = [cache.n_past - start for cache, start in zip(self.caches, self.starts, strict=False)]
+        return np.repeat(pasts, np.diff(self.starts))  # -> [n_seq]
+
+    def attend(self, q, k, v):  # [h, n_seq, d], [h, n_seq, d], [h, n_seq, d] -> [h, n_seq, d]
+        """Attend within each text, using its own cache."""
+        texts = zip(self.caches, *(np.split(a, self.starts[1:-1], axis=-2) for a in (q, k, v)), strict=True)
+        return np.concatenate([cache.attend(*text) for cache, *text in texts], axis=-2)
+
+
+class Prompt:
+    """A prompt whose rows share its prefill: its tokens but the last are computed once, in its cache."""
+
+    def __init__(self, ids, cache):
+        self.ids, self.cache, self.is_computed = list(ids), cache, len(ids) <= 1
+
+
 class Row:
     """A continuation that is being generated.
 
-    stop_reason: None until the row is complete, then "length" or "end_of_text".
+    new_id: the token that is not in the cache yet. stop_reason: None until the row is complete, then "length" or
+    "end_of_text".
     """
 
-    def __init__(self, key, cache, sample, n_tokens_to_generate, stop_id):
-        self.key, self.cache, self.sample = key, cache, sample
-        self.n_tokens_to_generate, self.stop_id = n_tokens_to_generate, stop_id
-        self.ids, self.stop_reason = [], None if n_tokens_to_generate else "length"
+    def __init__(self, key, prompt, sample, n_tokens_to_generate, stop_id, is_last):
+        self.key, self.prompt, self.sample, self.stop_id = key, prompt, sample, stop_id
+        self.n_tokens_to_generate, self.is_last = n_tokens_to_generate, is_last  # of the prompt's rows
+        self.ids, self.new_id, self.stop_reason = [], None, None if n_tokens_to_generate else "length"
+
+    def start(self):
+        """Continue the prompt, which is computed; all rows but its last one in a copy of its cache."""
+        self.cache = self.prompt.cache if self.is_last else copy.deepcopy(self.prompt.cache)
+        self.new_id, self.prompt = self.prompt.ids[-1], None
 
     def append_token(self, logits):  # [n_vocab]
         """Choose the next token, and set stop_reason if the row is complete."""
-        next_id = gpt2.choose(logits, self.sample)
-        if next_id == self.stop_id:
+        self.new_id = gpt2.choose(logits, self.sample)
+        if self.new_id == self.stop_id:
             self.stop_reason = "end_of_text"
             return
-        self.ids.append(next_id)
+        self.ids.append(self.new_id)
         if len(self.ids) == self.n_tokens_to_generate:
             self.stop_reason = "length"
 
 
-def start_rows(requests, params, n_head, n_tokens_to_generate, stop_id, model):
-    """Yield the rows of each request with their first token; the rows of a request share its prefill."""
+def new_rows(requests, params, n_tokens_to_generate, stop_id, model):
+    """Yield the rows of each request."""
     for key, inputs, samplers in requests:
         gpt2.check_context(len(inputs), n_tokens_to_generate, params["wpe"].shape[0])
-        cache = [model.KVCache(len(inputs) + n_tokens_to_generate) for _ in params["blocks"]]
-        logits = model.prefill(inputs, params, n_head, cache) if n_tokens_to_generate else None
+        if len(inputs) == 0 and n_tokens_to_generate:
+            raise ValueError("the prompt is empty; generation starts from at least one token")
+        prompt = Prompt(inputs, [model.KVCache(len(inputs) + n_tokens_to_generate) for _ in params["blocks"]])
         for i, (sample, following) in enumerate(pairwise(chain(samplers, [None])), 1):
-            own_cache = copy.deepcopy(cache) if following else cache
-            row = Row((key, i), own_cache, sample, n_tokens_to_generate, stop_id)
-            if logits is not None:
-                row.append_token(logits)
-            yield row
+            yield Row((key, i), prompt, sample, n_tokens_to_generate, stop_id, is_last=following is None)
+
+
+def start_rows(rows, params, n_head, model):
+    """Compute the prompts of new rows, PREFILL_CHUNK tokens per pass."""
+    texts, room = [], gpt2.PREFILL_CHUNK
+    for prompt in dict.fromkeys(row.prompt for row in rows if not row.prompt.is_computed):
+        ids = prompt.ids[:-1]
+        while ids:
+            texts.append((ids[:room], prompt.cache))
+            ids, room = ids[room:], room - len(texts[-1][0])
+            if room == 0:
+                prefill_texts(texts, params, n_head, model)
+                texts, room = [], gpt2.PREFILL_CHUNK
+        prompt.is_computed = True
+    if texts:
+        prefill_texts(texts, params, n_head, model)
+    for row in rows:
+        row.start()
+
+
+def prefill_texts(texts, params, n_head, model):
+    """Append the token ids of several texts to their caches, in one forward pass. texts: a list of (ids, cache)."""
+    all_ids, caches = zip(*texts, strict=True)
+    joined = [JoinedCaches(layer, list(map(len, all_ids))) for layer in zip(*caches, strict=True)]
+    model.gpt2(list(chain(*all_ids)), **params, n_head=n_head, cache=joined, last_only=True)
 
 
 def advance_rows(rows, params, n_head, model):
     """Append a token to each row, in one forward pass."""
     row_caches = getattr(model, "RowCaches", RowCaches)  # a compiled model has its own
     caches = [row_caches(layer) for layer in zip(*(row.cache for row in rows), strict=True)]
-    newest = [row.ids[-1:] for row in rows]  # -> [batch, 1]
+    newest = [[row.new_id] for row in rows]  # -> [batch, 1]
     logits = model.gpt2(newest, **params, n_head=n_head, cache=caches)  # -> [batch, 1, n_vocab]
     for row, row_logits in zip(rows, logits[:, -1], strict=True):
         row.append_token(row_logits)
@@ -87,16 +144,17 @@ def generate_batch(requests, params, n_head, n_tokens_to_generate, batch_size=8,
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    waiting, rows = start_rows(requests, params, n_head, n_tokens_to_generate, stop_id, model), []
+    waiting, rows = new_rows(requests, params, n_tokens_to_generate, stop_id, model), []
     while True:
-        while len(rows) < batch_size and (row := next(waiting, None)):
-            if row.stop_reason:
-                yield row.key, row.ids, row.stop_reason
-            else:
-                rows.append(row)
-        if not rows:
+        started = list(islice(waiting, batch_size - len(rows)))
+        if not rows and not started:
             return
-        advance_rows(rows, params, n_head, model)
+        if n_tokens_to_generate:
+            start_rows(started, params, n_head, model)
+            rows += started
+            advance_rows(rows, params, n_head, model)
+        else:
+            rows = started
         yield from ((row.key, row.ids, row.stop_reason) for row in rows if row.stop_reason)
         rows = [row for row in rows if not row.stop_reason]
 

@@ -6,6 +6,7 @@ run. Logits have the same bits whether a token is computed alone, in a prompt, i
 
 import functools
 import importlib.util
+import math
 import os
 import sys
 
@@ -28,8 +29,8 @@ def is_installed():
 def compiled_model(params, dtype="float32"):
     """Return (model, params): an instance of gpt2 with compiled functions, and the parameters in their layout.
 
-    dtype: that of the weights, "float32", "int8" or "int4"; the latter two are lossy (quantized.py). The weights of the
-    blocks are copied; wte is only quantized. Raises UserError if numba is missing or memory is short.
+    dtype: that of the weights, "float32", "int8" or "int4"; the latter two are lossy. The weights are copied (panels.py).
+    Raises UserError if numba is missing or memory is short.
     """
     check_copy(params, dtype, "set --engine numpy")
     attention, functions, panels, program = import_kernels()
@@ -44,7 +45,7 @@ def compiled_model(params, dtype="float32"):
 def check_copy(params, dtype, remedy):
     """Raise UserError unless there is memory for a copy of the weights; remedy ends the message."""
     weights = [layer["w"] for block in params["blocks"] for part in ("attn", "mlp") for layer in block[part].values()]
-    n_weights = sum(w.size for w in weights) + (0 if dtype == "float32" else params["wte"].size)
+    n_weights = sum(math.prod(w.shape) for w in (*weights, params["wte"]))
     check_memory(f"a copy of the weights in {dtype}", int(n_weights * BYTES[dtype]), remedy)
 
 

@@ -46,8 +46,10 @@ def linear(x, w, b):  # [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]
     x, (n_in, n_out) = contiguous(x), w.shape
     y, n_rows = empty((*x.shape[:-1], n_out)), x.size // n_in
     b = b if np.ndim(b) else no_bias(n_out)
-    addresses = map(address, (x, w.codes, w.scales, b, y))
-    execute(PRODUCTS[w.codes.dtype.type], len(w.codes), *addresses, n_rows, n_in, n_out)
+    kind, n_parts = PRODUCTS[w.codes.dtype.type], len(w.codes)
+    if n_rows == 1 and kind != FLOAT32_PRODUCT:
+        n_parts = -(-n_parts // 2)  # two panels each
+    execute(kind, n_parts, *map(address, (x, w.codes, w.scales, b, y)), n_rows, n_in, n_out)
     return y
 
 

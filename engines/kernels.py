@@ -62,11 +62,6 @@ def matrix(address, n_rows, n):
 
 
 @njit
-def row_float32(panel, scales, k):  # [n_in, PANEL], [1, PANEL] -> 4 vectors
-    return load4(panel, (k, 0))
-
-
-@njit
 def row_int8(panel, scales, k):  # [n_in, PANEL] int8, [1, PANEL] -> 4 vectors
     return times(load4(panel, (k, 0)), load4(scales, (0, 0)))
 
@@ -104,27 +99,47 @@ def code_of_half(is_upper):
 lower, upper = code_of_half(is_upper=False), code_of_half(is_upper=True)
 
 
-def product_with(row_of):
-    """Return a function that multiplies rows of x by a panel; row_of(panel, scales, k) are the floats of its row k."""
+def product_of_codes(row_of):
+    """Return two functions that multiply x by panels of codes; row_of(panel, scales, k) are the floats of its row k."""
 
     @njit
-    def product(x, panel, scales, b, y):  # [rows, n_in], panel, its scales, [1, PANEL] -> y: [rows, PANEL]
-        if x.shape[0] == 1:
-            sums = load4(b, (0, 0))
-            for k in range(x.shape[1]):
-                sums = fma_each(splat(x[0, k]), row_of(panel, scales, k), sums)
-            store4(y, (0, 0), sums)
-        else:
-            floats = np.empty((x.shape[1], PANEL), np.float32)
-            for k in range(x.shape[1]):
-                store4(floats, (k, 0), row_of(panel, scales, k))
-            product_of_rows(x, floats, b, y)
+    def of_row(x, panels, scales, y):  # [n_in], two panels, their scales -> y: [2*PANEL]
+        """Add the products of a single row to y. A single panel would leave the processor waiting for each sum."""
+        s0, s1 = load4(y, 0), load4(y, PANEL)
+        for k in range(x.size):
+            s0 = fma_each(splat(x[k]), row_of(panels[0], scales[0], k), s0)
+            s1 = fma_each(splat(x[k]), row_of(panels[1], scales[1], k), s1)
+        store4(y, 0, s0)
+        store4(y, PANEL, s1)
 
-    return product
+    @njit
+    def of_rows(x, panel, scales, b, y):  # [rows, n_in], a panel, its scales, [PANEL] -> y: [rows, PANEL]
+        floats = np.empty((x.shape[1], PANEL), np.float32)
+        for k in range(x.shape[1]):
+            store4(floats, (k, 0), row_of(panel, scales, k))
+        product_of_rows(x, floats, b, y)
+
+    return of_row, of_rows
+
+
+int8_product_of_row, int8_product = product_of_codes(row_int8)
+int4_product_of_row, int4_product = product_of_codes(row_int4)
 
 
 @njit
-def product_of_rows(x, panel, b, y):  # [rows, n_in], [n_in, PANEL], [1, PANEL] -> y: [rows, PANEL]
+def float32_product(x, panel, b, y):  # [rows, n_in], [n_in, PANEL], [PANEL] -> y: [rows, PANEL]
+    """Write x @ panel + b to y."""
+    if x.shape[0] > 1:
+        product_of_rows(x, panel, b, y)
+    else:
+        sums = load4(b, 0)
+        for k in range(x.shape[1]):
+            sums = fma_each(splat(x[0, k]), load4(panel, (k, 0)), sums)
+        store4(y, (0, 0), sums)
+
+
+@njit
+def product_of_rows(x, panel, b, y):  # [rows, n_in], [n_in, PANEL], [PANEL] -> y: [rows, PANEL]
     for j in range(0, PANEL, WIDTH * LANES):
         for i in range(0, x.shape[0], TILE):
             product_of_tile(x, i, panel, j, b, y)
@@ -138,7 +153,7 @@ def product_of_tile(x, i0, panel, j, b, y):
     """Compute y[i0 : i0 + TILE, j : j + WIDTH*LANES]. Rows beyond the last one repeat it."""
     last = x.shape[0] - 1
     i1, i2, i3, i4, i5 = min(i0 + 1, last), min(i0 + 2, last), min(i0 + 3, last), min(i0 + 4, last), min(i0 + 5, last)
-    s0 = s1 = s2 = s3 = s4 = s5 = load_each(b, (0, j))
+    s0 = s1 = s2 = s3 = s4 = s5 = load_each(b, j)
     for k in range(panel.shape[0]):
         w = load_each(panel, (k, j))
         s0 = fma_each(splat(x[i0, k]), w, s0)
@@ -153,19 +168,6 @@ def product_of_tile(x, i0, panel, j, b, y):
     store_each(y, (i2, j), s2)
     store_each(y, (i1, j), s1)
     store_each(y, (i0, j), s0)
-
-
-@njit
-def product_float32(x, panel, scales, b, y):
-    """product_with(row_float32), without a copy of the panel."""
-    if x.shape[0] == 1:
-        product_of_row(x, panel, scales, b, y)
-    else:
-        product_of_rows(x, panel, b, y)
-
-
-product_of_row = product_with(row_float32)
-product_int8, product_int4 = product_with(row_int8), product_with(row_int4)
 
 
 # Functions of single rows and elements

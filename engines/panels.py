@@ -104,7 +104,7 @@ def read_only(a):
 
 
 @kernel(parallel=True)
-def quantize_int8(w, codes, scales):  # [n_panels, n_in, PANEL] -> codes: as w, scales: [n_panels, 1, PANEL]
+def quantize_int8(w, codes, scales):  # [m, n_in, PANEL] -> codes: [m, n_in, PANEL], scales: [m, 1, PANEL]
     """Write the codes and scales of w. The largest element of a column becomes 127 or -127."""
     for p in prange(len(w)):
         most, inverse = np.zeros(PANEL, np.float32), np.empty(PANEL, np.float32)
@@ -119,7 +119,7 @@ def quantize_int8(w, codes, scales):  # [n_panels, n_in, PANEL] -> codes: as w, 
 
 
 @kernel(parallel=True)
-def quantize_int4(w, codes, scales):  # [n_panels, n_in, PANEL] -> codes: [.., n_in, PANEL/2], scales: [.., n_groups, PANEL]
+def quantize_int4(w, codes, scales):  # [m, n, PANEL] -> codes: [m, n, PANEL/2], scales: [m, n/GROUP, PANEL]
     """Write the codes and scales of w. The largest element of a group, of either sign, becomes -8."""
     half = PANEL // 2
     for p in prange(len(w)):
@@ -143,7 +143,7 @@ def quantize_int4(w, codes, scales):  # [n_panels, n_in, PANEL] -> codes: [.., n
 def larger(a, b):
     """Return the larger one, or NaN if a is NaN or infinite, or if b is NaN."""
     a = a + a * np.float32(0)
-    return a if not a <= b else b
+    return a if a > b or a != a else b  # noqa: PLR0124 (NaN differs from itself)
 
 
 @njit

@@ -30,13 +30,15 @@ from engines.kernels import (
     add,
     address_of,
     attend_head,
+    float32_product,
+    int4_product,
+    int4_product_of_row,
+    int8_product,
+    int8_product_of_row,
     matrix,
     normalize,
-    product_float32,
-    product_int4,
-    product_int8,
 )
-from engines.vectors import fetch, fetch_add, kernel
+from engines.vectors import LANES, fetch, fetch_add, kernel
 
 NORMALIZE, ACTIVATE, ADD, ATTEND, FLOAT32_PRODUCT, INT8_PRODUCT, INT4_PRODUCT = range(7)
 ROWS, ELEMENTS = 8, 2**12  # of a part of layer_norm, of the functions of single elements
@@ -72,29 +74,53 @@ def product_part(op, p):  # x: [n_rows, n_in], w: panels, b: [n_out] -> y: [n_ro
     """Compute panel p. The last panel may have columns that y lacks: it is computed in an array of its own."""
     first, n = p * PANEL, min(PANEL, op.n_out - p * PANEL)
     x = matrix(op.x, op.n_rows, op.n_in)
-    b, y = matrix(op.b, 1, op.n_out)[:, first : first + n], matrix(op.y, op.n_rows, op.n_out)[:, first : first + n]
+    b, y = matrix(op.b, 1, op.n_out)[0, first : first + n], matrix(op.y, op.n_rows, op.n_out)[:, first : first + n]
     if n == PANEL:
         multiply(op, x, p, b, y)
     else:
-        own_b, own_y = np.zeros((1, PANEL), np.float32)[:, :PANEL], np.empty((op.n_rows, PANEL), np.float32)[:, :PANEL]
-        own_b[:, :n] = b
-        multiply(op, x, p, own_b, own_y)
+        own_b, own_y = np.zeros(PANEL, np.float32), np.empty((op.n_rows, PANEL), np.float32)
+        own_b[:n] = b
+        multiply(op, x, p, own_b, own_y[:, :PANEL])
         y[:] = own_y[:, :n]
 
 
 @njit
 def multiply(op, x, p, b, y):
-    n_in, shape = op.n_in, (op.n_in, PANEL)
     if op.kind == FLOAT32_PRODUCT:
-        panel = carray(address_of(op.w + p * n_in * PANEL * 4), shape, np.float32)
-        product_float32(x, panel, b, b, y)
+        float32_product(x, matrix(op.w + 4 * p * op.n_in * PANEL, op.n_in, PANEL), b, y)
     elif op.kind == INT8_PRODUCT:
-        panel = carray(address_of(op.w + p * n_in * PANEL), shape, np.int8)
-        product_int8(x, panel, matrix(op.scales + p * PANEL * 4, 1, PANEL), b, y)
+        int8_product(x, *int8_panel(op, p), b, y)
     else:
-        panel = carray(address_of(op.w + p * n_in * PANEL // 2), (n_in, PANEL // 2), np.uint8)
-        n_groups = n_in // GROUP
-        product_int4(x, panel, matrix(op.scales + p * n_groups * PANEL * 4, n_groups, PANEL), b, y)
+        int4_product(x, *int4_panel(op, p), b, y)
+
+
+@njit
+def int8_panel(op, p):
+    codes = carray(address_of(op.w + p * op.n_in * PANEL), (op.n_in, PANEL), np.int8)
+    return codes, matrix(op.scales + 4 * p * PANEL, 1, PANEL)
+
+
+@njit
+def int4_panel(op, p):
+    codes = carray(address_of(op.w + p * op.n_in * PANEL // 2), (op.n_in, PANEL // 2), np.uint8)
+    n_groups = op.n_in // GROUP
+    return codes, matrix(op.scales + 4 * p * n_groups * PANEL, n_groups, PANEL)
+
+
+@njit
+def pair_part(op, part):  # x: [n_in], w: panels of codes, b: [n_out] -> y: [n_out]
+    """Multiply a single row by panels 2*part and 2*part + 1, or twice by the same if there is no other."""
+    first, n = 2 * part * PANEL, min(2 * PANEL, op.n_out - 2 * part * PANEL)
+    x, y = matrix(op.x, 1, op.n_in)[0], np.zeros(2 * PANEL, np.float32)
+    y[:n] = matrix(op.b, 1, op.n_out)[0, first : first + n]
+    p, other = 2 * part, 2 * part + (n > PANEL)
+    if op.kind == INT8_PRODUCT:
+        (a, a_scales), (b, b_scales) = int8_panel(op, p), int8_panel(op, other)
+        int8_product_of_row(x, (a, b), (a_scales, b_scales), y)
+    else:
+        (c, c_scales), (d, d_scales) = int4_panel(op, p), int4_panel(op, other)
+        int4_product_of_row(x, (c, d), (c_scales, d_scales), y)
+    matrix(op.y, 1, op.n_out)[0, first : first + n] = y[:n]
 
 
 @njit
@@ -123,7 +149,9 @@ def attend_part(op, part):
 
 @njit
 def perform(op, part):
-    if op.kind >= FLOAT32_PRODUCT:
+    if op.kind > FLOAT32_PRODUCT and op.n_rows == 1:
+        pair_part(op, part)
+    elif op.kind >= FLOAT32_PRODUCT:
         product_part(op, part)
     elif op.kind == NORMALIZE:
         normalize_part(op, part)
@@ -183,7 +211,7 @@ class Recorded(np.ndarray):
 
 
 def is_addend(a):
-    return isinstance(a, Recorded) and a.flags.c_contiguous and a.size % LINE == 0
+    return isinstance(a, Recorded) and a.flags.c_contiguous and a.size % LANES == 0
 
 
 class Program:
@@ -291,7 +319,7 @@ class Replayed:
     def __call__(self, inputs, wte, wpe, blocks, ln_f, n_head, cache=None, last_only=False):
         inputs, params = np.asarray(inputs, dtype=int), (wte, wpe, blocks, ln_f)
         forward = functools.partial(self.function, inputs, *params, n_head, cache, last_only)
-        if not cache or not 0 < inputs.size <= MAX_TOKENS:
+        if not cache or not hasattr(cache[0], "rows") or not 0 < inputs.size <= MAX_TOKENS:
             return forward()
         key = (*map(id, params), n_head, type(cache[0]), last_only, inputs.shape)
         with self.lock:

@@ -38,13 +38,12 @@ def test_each_row_is_what_transformers_generate_alone(model_and_params, expected
 
 
 def test_the_samples_of_a_prompt_share_its_prefill_and_are_those_of_a_run_alone(model_and_params, params, monkeypatch):
-    model, _ = model_and_params
-    inputs, lengths, prefill = INPUTS[:5], [], model.prefill
+    inputs, computed, prefill = INPUTS[:5], [], batching.prefill_texts
     requests = [(i, ids, [make_sampler(1.0, seed=s) for s in (3, 4, 3)]) for i, ids in enumerate(inputs)]
     with monkeypatch.context() as m:
-        m.setattr(model, "prefill", lambda ids, *a: (lengths.append(len(ids)), prefill(ids, *a))[1])
+        m.setattr(batching, "prefill_texts", lambda texts, *a: (computed.extend(texts), prefill(texts, *a)))
         found = {key: ids for key, ids, _ in generate_batch(model_and_params, requests, 4)}
-    assert lengths == [len(ids) for ids in inputs]
+    assert [ids for ids, _ in computed] == [ids[:-1] for ids in inputs if len(ids) > 1]
     for i, ids in enumerate(inputs):
         alone = [gpt2.generate(ids, params, N_HEAD, N_NEW, sample=make_sampler(1.0, seed=s)) for s in (3, 4)]
         assert [found[i, 1], found[i, 2], found[i, 3]] == [*alone, alone[0]]
@@ -62,6 +61,19 @@ def test_other_rows_do_not_change_a_row(model_and_params):
         np.testing.assert_allclose(other, runs[0], rtol=0, atol=1e-5 if model_and_params[0] is gpt2 else 0)
 
 
+@pytest.mark.parametrize("lengths", [[5, 1, 2, 90], [40, 3, 100], [1, 1], [100, 100]])
+def test_prompts_that_start_together_are_computed_together(model_and_params, params, lengths, monkeypatch):
+    """In passes of up to PREFILL_CHUNK tokens, a prompt in two of them if need be; with the results of each alone."""
+    model, sizes, forward = model_and_params[0], [], model_and_params[0].gpt2
+    monkeypatch.setattr(gpt2, "PREFILL_CHUNK", 64)
+    monkeypatch.setattr(model, "gpt2", lambda ids, *a, **k: (sizes.append(np.size(ids)), forward(ids, *a, **k))[1])
+    inputs = [np.random.default_rng(n).integers(0, TINY["n_vocab"], n).tolist() for n in lengths]
+    found = {i: ids for (i, _), ids, _ in generate_batch(model_and_params, greedy(inputs), 9, n=2)}
+    total = sum(lengths) - len(lengths)
+    assert sizes == [*[64] * (total // 64), *[total % 64] * (total % 64 > 0), len(lengths), len(lengths)]
+    assert found == {i: gpt2.generate(ids, params, N_HEAD, 2) for i, ids in enumerate(inputs)}
+
+
 def test_the_next_prompt_takes_the_place_of_a_complete_row_at_once(model_and_params, monkeypatch):
     """With rows of unequal length every pass has batch_size rows while prompts are waiting."""
     sizes, advance_rows, stop, lengths = [], batching.advance_rows, 5, [3, 9, 1, 4, 6, 2, 3]
@@ -71,7 +83,7 @@ def test_the_next_prompt_takes_the_place_of_a_complete_row_at_once(model_and_par
     results = sorted(generate_batch(model_and_params, requests, 3, n=20, stop_id=stop))
     assert results == [((i, 1), [7] * n, "end_of_text") for i, n in enumerate(lengths)]
     assert max(sizes) == 3
-    assert sum(sizes) == sum(lengths)  # a pass for every token but the first, and one for the stop
+    assert sum(sizes) == sum(lengths) + len(lengths)  # a pass for every token and one for the stop
     assert sizes == sorted(sizes, reverse=True)
 
 

@@ -172,7 +172,7 @@ def traceable(module, monkeypatch):
             monkeypatch.setattr(module, node.name, namespace[node.name])
 
 
-@pytest.mark.parametrize("name", ["kernels", "attention", "quantized"])
+@pytest.mark.parametrize("name", ["functions", "attention", "panels", "program"])
 def test_the_shape_comments_of_compiled_functions_are_true(monkeypatch, name):
     pytest.importorskip("numba")
     module = importlib.import_module(f"engines.{name}")
