@@ -129,7 +129,7 @@ int4_product_of_row, int4_product = product_of_codes(row_int4)
 @njit
 def float32_product(x, panel, b, y):  # [rows, n_in], [n_in, PANEL], [PANEL] -> y: [rows, PANEL]
     """Write x @ panel + b to y."""
-    if x.shape[0] > 1:
+    if x.shape[0] != 1:
         product_of_rows(x, panel, b, y)
     else:
         sums = load4(b, 0)

@@ -150,6 +150,43 @@ def test_cache_overflow(d):
     assert cache.n_past == 3
 
 
+def test_shapes_that_do_not_fit_are_refused():
+    """The kernel works with addresses. Nothing is appended, and the cache can still be used."""
+    qkv, cache = random_qkv(9, 2, n_seq=4, d=16), KVCache(4)
+    q, k, v = qkv
+    for wrong in (
+        (q, k, v[:1]),
+        (q, k, v[..., :3, :]),
+        (q, k[..., :8], v),
+        (q[:1], k, v),
+        (q, k[:, 1:], v[:, 1:]),
+        (q, k[..., 1:, :], v[..., 1:, :]),
+    ):
+        with pytest.raises(ValueError):
+            cache.attend(*wrong)
+        assert cache.n_past == 0
+    expected = attention.attention(*qkv)
+    np.testing.assert_array_equal(cache.attend(*qkv), expected)
+
+
+def test_any_strides():
+    """Rows that overlap or lie apart, in another order of the axes, and keys and values that differ in that."""
+    q, k, v = random_qkv(10, 2, n_seq=9, d=32)
+    same = np.broadcast_to(k[..., :1, :], k.shape)
+    wide = np.repeat(v, 2, axis=-1)[..., ::2]
+    fortran = np.asfortranarray(q)
+    for views in (
+        (q, same, v),
+        (q, k, wide),
+        (fortran, wide, same),
+        (q[::-1], k[::-1], v[::-1]),
+        (q, k[..., ::-1, :], v),
+    ):
+        expected = attention.attention(*map(np.ascontiguousarray, views))
+        np.testing.assert_array_equal(attention.attention(*views), expected)
+        np.testing.assert_allclose(expected, truth(views), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("d", "dtype"), [(12, np.float32), (64, np.float64)])
 def test_others_are_left_to_numpy(d, dtype):
     qkv = [a.astype(dtype) for a in random_qkv(8, 2, n_seq=9, d=d)]

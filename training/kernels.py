@@ -10,8 +10,7 @@ import math
 import numpy as np
 from numba import njit
 
-from engines.attention import softmax
-from engines.kernels import activate, mean_and_scale, normalize
+from engines.kernels import activate, mean_and_scale, normalize, softmax
 from engines.vectors import LANES, exp, fma, kernel, largest, load, maximum, splat, store, total, zero
 from training import fused
 from training.autograd import fuse

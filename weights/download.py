@@ -4,14 +4,11 @@ path.part has the bytes that have arrived, path.etag the ETag that names the ver
 """
 
 import contextlib
-import hashlib
-import logging
 import os
 import re
 import stat
 import sys
 import time
-import urllib.parse
 
 from weights.errors import CorruptFile, UserError, printable
 from weights.files import atomic_write, cannot_write, read_text, set_aside
@@ -93,6 +90,8 @@ def fetch_rest(url, path, size):
 
     Raises Refused, or an exception of requests if another attempt may help.
     """
+    import logging
+
     import requests
     from tqdm import tqdm
 
@@ -136,7 +135,9 @@ def follow(url, headers):
         if not response.is_redirect:
             return response
         response.close()
-        target = urllib.parse.urljoin(url, response.headers["Location"])
+        from urllib.parse import urljoin
+
+        target = urljoin(url, response.headers["Location"])
         if url.startswith("https:") and not target.lower().startswith("https:"):
             raise Refused(f"it redirects from https to {target}")
         url = target
@@ -209,6 +210,8 @@ def discard(path):
 
 def sha256_of(path):
     """Return the SHA-256 of a file, in hexadecimal."""
+    import hashlib
+
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

@@ -7,9 +7,7 @@ import json
 import mmap
 import os
 import re
-import secrets
 import stat
-import tempfile
 
 from weights.errors import CorruptFile, UserError
 
@@ -80,7 +78,7 @@ def atomic_write(path, remedy="choose another --models_dir"):
 
     It is a new file with a random name in the same folder. Raises UserError if writing fails; remedy ends the message.
     """
-    temporary = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.tmp")
+    temporary = os.path.join(os.path.dirname(path), f".{os.urandom(8).hex()}.tmp")
     try:
         with open(temporary, "xb") as f:
             yield f
@@ -108,10 +106,12 @@ def remove_leftovers(folder):
 
 def check_writable(path, remedy):
     """Raise UserError if path cannot be written. Call it before long work; remedy ends the message."""
+    from tempfile import TemporaryFile
+
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError(errno.EEXIST, "it is not a regular file")
-        with tempfile.TemporaryFile(dir=os.path.dirname(path) or "."):
+        with TemporaryFile(dir=os.path.dirname(path) or "."):
             pass
     except OSError as error:
         raise cannot_write(path, error, remedy) from None

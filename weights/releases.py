@@ -1,7 +1,6 @@
 """OpenAI's releases of GPT-2: their names, their files, and the address they are downloaded from."""
 
 import os
-import urllib.parse
 
 from weights.download import download_file
 from weights.names import count_params
@@ -57,7 +56,9 @@ def fetch_released(model_size, model_dir, name, check=None):
 
     check: a function that raises CorruptFile for the path of a file that cannot be this one.
     """
-    url, path = f"{base_url()}/{urllib.parse.quote(model_size)}/{name}", os.path.join(model_dir, name)
+    from urllib.parse import quote
+
+    url, path = f"{base_url()}/{quote(model_size)}/{name}", os.path.join(model_dir, name)
     size, sha256 = RELEASED.get(model_size, {}).get(name, (None, None))
     has_mirror = os.environ.get("GPT2_BASE_URL")
     remedy = "check GPT2_BASE_URL and the model's name" if has_mirror else "set GPT2_BASE_URL to a mirror"

@@ -2,8 +2,6 @@
 
 import math
 import os
-import pathlib
-import shutil
 
 from weights.errors import UserError
 
@@ -12,6 +10,8 @@ PROC, CGROUPS = "/proc", "/sys/fs/cgroup"
 
 def check_space(path, n_bytes, remedy="choose another --models_dir"):
     """Raise UserError unless the disk of path has n_bytes of free space; remedy ends the message."""
+    import shutil
+
     free = shutil.disk_usage(os.path.dirname(path) or ".").free
     if n_bytes > free:
         raise UserError(
@@ -64,11 +64,16 @@ def own_cgroups(controller):
     except OSError:
         return []
     own = [
-        pathlib.Path(CGROUPS, name, path.strip("/"))
+        os.path.join(CGROUPS, name, path.strip("/"))
         for _, name, path in found
         if name == "" or controller in name.split(",")
     ]
-    return [folder for group in own for folder in (group, *group.parents)]
+    return [folder for group in own for folder in with_parents(group)]
+
+
+def with_parents(folder):
+    parent = os.path.dirname(folder)
+    return [folder] if parent == folder else [folder, *with_parents(parent)]
 
 
 def read_numbers(*path):
