@@ -37,7 +37,9 @@ from engines.vectors import (
 PANEL = 4 * LANES  # columns of a weight that lie side by side
 GROUP = 32  # rows of a panel with the same scales, for codes of 4 bits
 TILE = 6  # rows of x that are multiplied at a time
-WIDTH = 4 if "avx512f" in binding.get_host_cpu_features() else 1  # vectors of each: 24 or 6 sums, of 32 or 12 registers
+# Rows of x for which a tile is a whole panel wide: its 24 sums fit into the registers of AVX-512, otherwise some of them
+# do not, and tiles of one vector are faster for many rows.
+WIDE_ROWS = 2**31 if binding.get_host_cpu_features().get("avx512f") else 32
 QUERIES = 4  # queries that are attended from at a time, with 4 vectors of each
 BYTES = ir.VectorType(ir.IntType(8), LANES)
 
@@ -138,36 +140,47 @@ def float32_product(x, panel, b, y):  # [rows, n_in], [n_in, PANEL], [PANEL] -> 
         store4(y, (0, 0), sums)
 
 
+def product_of_tile(width):
+    """Return a function that computes TILE rows of a product, and `width` vectors of each."""
+    load_each, store_each = loads(width), stores(width)
+
+    @njit
+    def tile(x, i0, panel, j, b, y):  # [rows, n_in], [n_in, PANEL], [PANEL] -> y[i0 : i0 + TILE, j : j + width * LANES]
+        """Rows beyond the last one repeat it."""
+        last = x.shape[0] - 1
+        i1, i2, i3 = min(i0 + 1, last), min(i0 + 2, last), min(i0 + 3, last)
+        i4, i5 = min(i0 + 4, last), min(i0 + 5, last)
+        s0 = s1 = s2 = s3 = s4 = s5 = load_each(b, j)
+        for k in range(panel.shape[0]):
+            w = load_each(panel, (k, j))
+            s0 = fma_each(splat(x[i0, k]), w, s0)
+            s1 = fma_each(splat(x[i1, k]), w, s1)
+            s2 = fma_each(splat(x[i2, k]), w, s2)
+            s3 = fma_each(splat(x[i3, k]), w, s3)
+            s4 = fma_each(splat(x[i4, k]), w, s4)
+            s5 = fma_each(splat(x[i5, k]), w, s5)
+        store_each(y, (i5, j), s5)
+        store_each(y, (i4, j), s4)
+        store_each(y, (i3, j), s3)
+        store_each(y, (i2, j), s2)
+        store_each(y, (i1, j), s1)
+        store_each(y, (i0, j), s0)
+
+    return tile
+
+
+wide_tile, narrow_tile = product_of_tile(PANEL // LANES), product_of_tile(1)
+
+
 @njit
 def product_of_rows(x, panel, b, y):  # [rows, n_in], [n_in, PANEL], [PANEL] -> y: [rows, PANEL]
-    for j in range(0, PANEL, WIDTH * LANES):
+    if x.shape[0] <= WIDE_ROWS:
         for i in range(0, x.shape[0], TILE):
-            product_of_tile(x, i, panel, j, b, y)
-
-
-load_each, store_each = loads(WIDTH), stores(WIDTH)
-
-
-@njit
-def product_of_tile(x, i0, panel, j, b, y):
-    """Compute y[i0 : i0 + TILE, j : j + WIDTH*LANES]. Rows beyond the last one repeat it."""
-    last = x.shape[0] - 1
-    i1, i2, i3, i4, i5 = min(i0 + 1, last), min(i0 + 2, last), min(i0 + 3, last), min(i0 + 4, last), min(i0 + 5, last)
-    s0 = s1 = s2 = s3 = s4 = s5 = load_each(b, j)
-    for k in range(panel.shape[0]):
-        w = load_each(panel, (k, j))
-        s0 = fma_each(splat(x[i0, k]), w, s0)
-        s1 = fma_each(splat(x[i1, k]), w, s1)
-        s2 = fma_each(splat(x[i2, k]), w, s2)
-        s3 = fma_each(splat(x[i3, k]), w, s3)
-        s4 = fma_each(splat(x[i4, k]), w, s4)
-        s5 = fma_each(splat(x[i5, k]), w, s5)
-    store_each(y, (i5, j), s5)
-    store_each(y, (i4, j), s4)
-    store_each(y, (i3, j), s3)
-    store_each(y, (i2, j), s2)
-    store_each(y, (i1, j), s1)
-    store_each(y, (i0, j), s0)
+            wide_tile(x, i, panel, 0, b, y)
+    else:
+        for j in range(0, PANEL, LANES):
+            for i in range(0, x.shape[0], TILE):
+                narrow_tile(x, i, panel, j, b, y)
 
 
 # Functions of single rows and elements

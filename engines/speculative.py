@@ -25,7 +25,7 @@ from engines.compiled import check_copy
 MAX_DRAFT = 15  # with the token before them 16 rows of the products
 MAX_MATCH = 4  # tokens of the end of the text that Lookup searches for
 DECAY = 0.9  # factor by which the counts of the acceptance rate shrink per pass
-IDLE_DECAY = 0.97  # and without draft tokens if these take time: a drafter that failed is rarely tried again
+IDLE_DECAY = 0.985  # and without draft tokens if these take time: a drafter that failed is rarely tried again
 
 
 class Lookup:
@@ -120,9 +120,9 @@ def self_drafter(model, params, n_head):
 def compiled_cost(n_tokens):
     """Time of a pass of a compiled model over n tokens, in single-token passes, while the memory is fast.
 
-    The products take four tokens at a time (bench/quantized.py).
+    The products take six tokens at a time (bench/batching.py).
     """
-    return max(1.1, 0.3 + 0.45 * -(-n_tokens // 4)) if n_tokens > 1 else 1
+    return 0.75 + 0.35 * -(-n_tokens // 6) if n_tokens > 1 else 1
 
 
 def plain_cost(n_tokens):
