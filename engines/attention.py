@@ -12,7 +12,7 @@ import gpt2
 from engines import batching
 from engines.functions import is_supported
 from engines.kernels import BLOCK
-from engines.program import ATTEND, Program, address, contiguous, empty, execute
+from engines.program import ATTEND, address, contiguous, empty, execute, known, recording
 
 
 def attend(cache, q, k, v):  # [b, h, n_q, d], [b, h, n_new, d], [b, h, n_new, d] -> [b, h, n_q, d]
@@ -42,15 +42,15 @@ def attend(cache, q, k, v):  # [b, h, n_q, d], [b, h, n_new, d], [b, h, n_new, d
         n_in=d,
         **dict(zip(names, strides, strict=True)),
     )
-    if Program.recorded:
-        Program.recorded.tables.append((rows, (batch, n_head, n_new, d)))
+    if recording.program:
+        recording.program.tables.append((rows, (batch, n_head, n_new, d)))
     cache.advance(n_new)
     return np.swapaxes(out, 1, 2)
 
 
 def with_row_stride(a):  # [b, h, n, d] -> [b, h, n, d]
     """Return the array, or a copy of it if its rows of d elements are not contiguous or overlap."""
-    return a if a.strides[-1] == a.itemsize and a.strides[-2] >= a.shape[-1] * a.itemsize else contiguous(a)
+    return known(a) if a.strides[-1] == a.itemsize and a.strides[-2] >= a.shape[-1] * a.itemsize else contiguous(a)
 
 
 def attention(q, k, v):  # [..., n_q, d], [..., n_k, d], [..., n_k, d] -> [..., n_q, d]

@@ -29,8 +29,8 @@ def is_installed():
 def compiled_model(params, dtype="float32"):
     """Return (model, params): an instance of gpt2 with compiled functions, and the parameters in their layout.
 
-    dtype: that of the weights, "float32", "int8" or "int4"; the latter two are lossy. The weights are copied (panels.py).
-    Raises UserError if numba is missing or memory is short.
+    dtype: that of the weights, "float32", "int8" or "int4"; the latter two are lossy. The weights are copied
+    (panels.py). Raises UserError if numba is missing or memory is short.
     """
     check_copy(params, dtype, "set --engine numpy")
     attention, functions, panels, program = import_kernels()

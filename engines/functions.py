@@ -8,7 +8,6 @@ import functools
 import numpy as np
 
 import gpt2
-from engines.kernels import PANEL
 from engines.panels import Panels
 from engines.program import (
     ACTIVATE,

@@ -37,9 +37,10 @@ from engines.vectors import (
 PANEL = 4 * LANES  # columns of a weight that lie side by side
 GROUP = 32  # rows of a panel with the same scales, for codes of 4 bits
 TILE = 6  # rows of x that are multiplied at a time
-# Rows of x for which a tile is a whole panel wide: its 24 sums fit into the registers of AVX-512, otherwise some of them
-# do not, and tiles of one vector are faster for many rows.
+# Rows of x up to which a tile is as wide as a panel. Its 24 sums fit into the registers of AVX-512; elsewhere some do
+# not, and tiles of one vector are faster for many rows.
 WIDE_ROWS = 2**31 if binding.get_host_cpu_features().get("avx512f") else 32
+BLOCK = 4 * LANES  # keys that lie side by side
 QUERIES = 4  # queries that are attended from at a time, with 4 vectors of each
 BYTES = ir.VectorType(ir.IntType(8), LANES)
 
@@ -277,12 +278,9 @@ def softmax(scores, n_keys, scale):  # [n] -> scores: [n]
         store(scores, j, load(scores, j) * factor)
 
 
-BLOCK = 4 * LANES  # keys that are stored side by side
-
-
 @njit
 def attend_tile(q, keys, values, n_keys, scores, out):  # [n_q, d] -> out: [n_q, d]
-    """Attend from up to QUERIES queries, the last of which sees n_keys keys; scores is [QUERIES, >= n_keys] of scratch."""
+    """Attend from up to QUERIES queries, the last of which sees n_keys keys; scratch memory: [QUERIES, >= n_keys]."""
     n_q, d = q.shape
     scores = scores[:n_q, : -(-n_keys // LANES) * LANES]
     for block in range(-(-n_keys // BLOCK)):

@@ -1,4 +1,4 @@
-"""Weights in the layout of the kernels: float32, or codes of 8 or 4 bits that are read in a quarter or less of the time.
+"""Weights in the layout of the kernels: float32, or codes of 8 or 4 bits, which take less time to read.
 
 A weight [n_in, n_out] lies in panels of PANEL columns; zeros fill up the last one. A kernel reads a panel from its
 beginning to its end, whether it multiplies one row or many.

@@ -13,6 +13,7 @@ segment helps with the others.
 import collections
 import contextlib
 import functools
+import math
 import os
 import threading
 import weakref
@@ -54,7 +55,8 @@ OPERATION = np.dtype([(name, np.int64) for name in FIELDS])
 
 if not hasattr(os, "sched_yield"):  # Windows
     binding.load_library_permanently("kernel32.dll")
-let_others_run = types.ExternalFunction("sched_yield" if hasattr(os, "sched_yield") else "SwitchToThread", types.int32())
+YIELD = "sched_yield" if hasattr(os, "sched_yield") else "SwitchToThread"
+let_others_run = types.ExternalFunction(YIELD, types.int32())
 
 
 @njit
@@ -200,18 +202,43 @@ def address(a):
 # Recording
 
 
+class Recording(threading.local):
+    """What this thread records."""
+
+    program = None
+
+
+recording = Recording()
+
+
 class Recorded(np.ndarray):
     """An array of a pass that is being recorded: adding two of them is an operation, too."""
 
-    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
-        if ufunc is np.add and method == "__call__" and not kwargs and all(map(is_addend, inputs)):
+    def __array_ufunc__(self, ufunc, method, *inputs, out=(), **kwargs):
+        is_sum = ufunc is np.add and method == "__call__" and not out and not kwargs
+        if is_sum and all(map(is_addend, inputs)) and inputs[0].shape == inputs[1].shape:
             return sum_of(*inputs)
         abandon()
+        if out:
+            kwargs["out"] = tuple(map(np.asarray, out))
         return getattr(ufunc, method)(*map(np.asarray, inputs), **kwargs)
+
+    def __setitem__(self, index, value):
+        abandon()
+        super().__setitem__(index, value)
 
 
 def is_addend(a):
-    return isinstance(a, Recorded) and a.flags.c_contiguous and a.size % LANES == 0
+    return is_recorded(a) and a.flags.c_contiguous and a.size % LANES == 0
+
+
+def is_recorded(a):
+    """Return whether an array lies in the memory of a program. A copy does not: it would not be made again."""
+    while isinstance(a, np.ndarray):
+        if isinstance(a, Recorded) and type(a.base) is np.ndarray:  # a result, and not a view of one
+            return True
+        a = a.base
+    return False
 
 
 class Program:
@@ -222,15 +249,13 @@ class Program:
     memory: a list of arrays that the operations may use; more are added to it.
     """
 
-    recorded = None  # the program that is being recorded
-
     def __init__(self, params, memory):
         self.params, self.memory, self.free = params, memory, list(memory)  # the operations have addresses of params
         self.operations, self.tables, self.is_complete = [], [], True
 
     def empty(self, shape):
         """Return an array in memory that is used again as soon as Python has freed the array."""
-        n = int(np.prod(shape))
+        n = 2 ** (math.prod(shape) - 1).bit_length()  # so that passes over other numbers of tokens use it as well
         i = min((i for i, a in enumerate(self.free) if a.size >= n), key=lambda i: self.free[i].size, default=None)
         if i is None:
             self.memory.append(np.empty(n, np.float32))
@@ -241,12 +266,13 @@ class Program:
 
     @contextlib.contextmanager
     def recording(self):
-        Program.recorded = self
+        recording.program = self
         try:
             yield
         finally:
-            Program.recorded = None
-        self.operations = np.concatenate(self.operations)
+            recording.program = None
+        if self.is_complete:
+            self.operations = np.concatenate(self.operations)
 
     def replay(self, x, cache):  # [..., n_seq, n_embd] -> [..., n_seq, n_vocab]
         """Return the logits after the embedded tokens x, which are appended to the cache."""
@@ -261,10 +287,10 @@ class Program:
 
 def start_recording(x):
     """Return the embedded tokens of a pass as the input of the program that is being recorded."""
-    if Program.recorded:
-        Program.recorded.input = empty(x.shape)
-        Program.recorded.input[:] = x
-        return Program.recorded.input
+    if recording.program:
+        recording.program.input = empty(x.shape)
+        np.asarray(recording.program.input)[:] = x
+        return recording.program.input
     return x
 
 
@@ -272,26 +298,33 @@ def execute(*fields, **others):
     """Perform an operation, and record it if a program is being recorded."""
     operation = np.array([Operation(*fields, **others)], np.int64).view(OPERATION)[:, 0]
     start(operation)
-    if Program.recorded:
-        Program.recorded.operations.append(operation)
+    if recording.program:
+        recording.program.operations.append(operation)
 
 
 def empty(shape):
     """Return an array for the result of an operation."""
-    return Program.recorded.empty(shape) if Program.recorded else np.empty(shape, np.float32)
+    return recording.program.empty(shape) if recording.program else np.empty(shape, np.float32)
 
 
 def contiguous(a):
     """Return a, or a contiguous copy of it, which is no operation: the program that is being recorded is not used."""
     if a.flags.c_contiguous and a.dtype == np.float32:
-        return a
+        return known(a)
     abandon()
     return np.ascontiguousarray(a, np.float32)
 
 
+def known(a):
+    """Return a, which an operation is to read; if no operation wrote it, the program cannot be used."""
+    if not is_recorded(a):
+        abandon()
+    return a
+
+
 def abandon():
-    if Program.recorded:
-        Program.recorded.is_complete = False
+    if recording.program:
+        recording.program.is_complete = False
 
 
 def sum_of(x, y):  # [..., n], [..., n] -> [..., n]
@@ -339,5 +372,5 @@ class Replayed:
         """Return a program and the logits of the pass that it was recorded from."""
         program = Program(params, self.memory)
         with program.recording():
-            program.output = forward()
+            program.output = known(forward())
         return program, np.array(program.output)

@@ -22,7 +22,7 @@ import numpy as np
 import gpt2
 from engines.compiled import check_copy
 
-MAX_DRAFT = 15  # with the token before them 16 rows of the products
+MAX_DRAFT = 17  # with the token before them 18 rows of the products, three tiles
 MAX_MATCH = 4  # tokens of the end of the text that Lookup searches for
 DECAY = 0.9  # factor by which the counts of the acceptance rate shrink per pass
 IDLE_DECAY = 0.985  # and without draft tokens if these take time: a drafter that failed is rarely tried again

@@ -160,22 +160,6 @@ def store(typing_context, a, index, v):
 
 
 @intrinsic
-def prefetch(typing_context, a, index):
-    """prefetch(a, index): ask for the cache line of a[index], which may lie outside of the array."""
-
-    def generate(context, builder, signature, args):
-        byte_pointer = ir.IntType(8).as_pointer()
-        address = builder.bitcast(pointer(context, builder, a, args[0], index, args[1]), byte_pointer)
-        function_type = ir.FunctionType(ir.VoidType(), [byte_pointer, INT, INT, INT])
-        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0i8")
-        read, second_level, data = INT(0), INT(2), INT(1)
-        builder.call(function, [address, read, second_level, data])
-        return context.get_dummy_value()
-
-    return types.void(a, index), generate
-
-
-@intrinsic
 def splat(typing_context, x):
     """splat(x): a vector whose elements are all x."""
 

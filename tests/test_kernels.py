@@ -17,7 +17,7 @@ from engines.panels import packed  # noqa: E402
 from engines.vectors import LANES  # noqa: E402
 
 ROUNDING = 2.0**-24  # largest relative error of one float32 operation
-ROWS = [*range(1, 14), 16, 17, 256]
+ROWS = [*range(1, 14), 16, 17, 32, 33, 256]
 # Of weights: [n_in, n_out]. Less than a panel of columns, whole panels, and panels of which the last is partial
 SHAPES = [(5, 1), (16, 7), (48, 10), (36, 64), (64, 65), (7, 108), (160, 131), (32, 192), (3072, 66)]
 

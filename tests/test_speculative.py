@@ -229,7 +229,7 @@ def test_accepted_drafts_become_long_and_rejected_ones_short(params):
     assert speculation.n_passes < 16 and speculation.n_draft == speculation.n_accepted
     assert MAX_DRAFT in right.asked
     assert replay(params, text, 4, wrong).n_passes == 116
-    assert set(wrong.asked[5:100]) <= {0, 3}  # a pass over four tokens takes little longer than one over a single token
+    assert set(wrong.asked[5:100]) <= {0, 5}  # a pass over six tokens takes little longer than one over a single token
     assert replay(params, text, 4, costly).n_draft < 100
     replay(params, text, 4, plain := Scripted(text, lambda i: True, 0), pass_cost=speculative.plain_cost)
     assert plain.asked.count(0) > 90  # the plain model is slow with drafts
