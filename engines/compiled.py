@@ -10,6 +10,8 @@ import math
 import os
 import sys
 
+import numpy as np
+
 from engines.instance import new_instance
 from weights.errors import UserError
 from weights.resources import available_cores, check_memory
@@ -55,6 +57,9 @@ def import_kernels():
     set_environment()
     try:
         from engines import attention, functions, panels, program, vectors
+
+        for w in np.zeros((2, 3), np.float32), np.zeros((2, 3), np.float32).T:
+            panels.packed(w)  # compiled when it is first called
     except ImportError as error:
         raise UserError(
             f"the compiled engine needs numba ({error}); pip install numba, or set --engine numpy"

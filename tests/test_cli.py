@@ -298,7 +298,7 @@ def test_without_numba_or_memory_auto_takes_numpy_and_compiled_says_why(inside, 
 def test_kernels_that_do_not_compile(inside, always_worth_it, monkeypatch):
     """auto prints a line and takes NumPy; --engine compiled is an error."""
     expected = inside("ROMEO:", *SHAKESPEARE, *N_8, "--engine", "numpy")
-    monkeypatch.setattr("engines.kernels.gelu", Mock(side_effect=ValueError("no such\nprocessor")))
+    monkeypatch.setattr("engines.panels.packed", Mock(side_effect=ValueError("no such\nprocessor")))
     line = "numba cannot compile the kernels (no such processor); set --engine numpy"
     assert inside("ROMEO:", *SHAKESPEARE, *N_8) == (*expected[:2], f"note: {line}\n".encode())
     assert_mistake(inside("ROMEO:", *SHAKESPEARE, *N_8, "--engine", "compiled"), line)
