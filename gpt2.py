@@ -80,7 +80,7 @@ def check_context(n_past, n_new, n_ctx):
 
 
 def embed(inputs, wte, wpe, n_past=0):  # [..., n_seq] -> [..., n_seq, n_embd]
-    """Token embeddings plus position embeddings. n_past: a token's position minus its index, an int or an array."""
+    """Token embeddings plus position embeddings. n_past: tokens before inputs, or before each row or token."""
     n_seq = inputs.shape[-1]
     positions = n_past + np.arange(n_seq)  # -> [n_seq] or [batch, n_seq]
     check_context(np.max(positions) + 1 - n_seq if np.ndim(n_past) else n_past, n_seq, n_ctx=wpe.shape[0])

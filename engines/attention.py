@@ -12,13 +12,13 @@ import gpt2
 from engines import batching
 from engines.functions import is_supported
 from engines.kernels import BLOCK
-from engines.program import ATTEND, address, contiguous, empty, execute, known, recording
+from engines.program import ATTEND, address, contiguous, current, empty, execute, require_recorded
 
 
 def attend(cache, q, k, v):  # [b, h, n_q, d], [b, h, n_new, d], [b, h, n_new, d] -> [b, h, n_q, d]
     """Append k and v to a cache, then attend from the last n_q positions to all positions within each row."""
     (batch, n_head, n_q, d), n_new = q.shape, k.shape[2]
-    if k.shape != v.shape or k.shape != (batch, n_head, n_new, d) or n_q > n_new:
+    if k.shape != v.shape or k.shape != (batch, n_head, n_new, d) or n_q > n_new or not k.dtype == v.dtype == q.dtype:
         raise ValueError(f"q, k and v have shapes {q.shape}, {k.shape} and {v.shape}")
     q, k, v = map(with_row_stride, (q, k, v))
     if k.strides != v.strides:
@@ -42,23 +42,25 @@ def attend(cache, q, k, v):  # [b, h, n_q, d], [b, h, n_new, d], [b, h, n_new, d
         n_in=d,
         **dict(zip(names, strides, strict=True)),
     )
-    if recording.program:
-        recording.program.tables.append((rows, (batch, n_head, n_new, d)))
+    if current.program:
+        current.program.tables.append((rows, (batch, n_head, n_new, d)))
     cache.advance(n_new)
     return np.swapaxes(out, 1, 2)
 
 
 def with_row_stride(a):  # [b, h, n, d] -> [b, h, n, d]
     """Return the array, or a copy of it if its rows of d elements are not contiguous or overlap."""
-    return known(a) if a.strides[-1] == a.itemsize and a.strides[-2] >= a.shape[-1] * a.itemsize else contiguous(a)
+    is_usable = a.strides[-1] == a.itemsize and a.strides[-2] >= a.shape[-1] * a.itemsize
+    return require_recorded(a) if is_usable else contiguous(a)
 
 
 def attention(q, k, v):  # [..., n_q, d], [..., n_k, d], [..., n_k, d] -> [..., n_q, d]
     """gpt2.attention."""
-    return KVCache(k.shape[-2]).attend(q, k, v) if has_heads(q) else gpt2.attention(q, k, v)
+    return KVCache(k.shape[-2]).attend(q, k, v) if is_compiled(q) else gpt2.attention(q, k, v)
 
 
-def has_heads(q):
+def is_compiled(q):
+    """Return whether the kernel can attend from such queries."""
     return q.ndim > 2 and is_supported(q)
 
 
@@ -82,24 +84,18 @@ class KVCache(gpt2.KVCache):
         shape = (batch, n_head, 2, n_blocks * BLOCK * d)
         if self.kv is None:
             self.kv = np.empty(shape, np.float32)
-            self.address = self.kv.ctypes.data
         elif self.kv.shape != shape:
             raise ValueError(f"keys and values of shape {shape} for a cache of shape {self.kv.shape}")
-        return [(self.address + i * self.kv.strides[0], self.n_past, n_blocks) for i in range(batch)]
+        first = address(self.kv)
+        return [(first + i * self.kv.strides[0], self.n_past, n_blocks) for i in range(batch)]
 
     def advance(self, n_new):
         """Count the positions that the kernel has written."""
         self.n_past += n_new
 
-    def __setstate__(self, state):
-        """Restore a copy, whose keys and values have another address."""
-        self.__dict__.update(state)
-        if self.kv is not None:
-            self.address = self.kv.ctypes.data
-
     def attend(self, q, k, v):  # [..., n_q, d], [..., n_new, d], [..., n_new, d] -> [..., n_q, d]
         """Append k and v, then attend from the last n_q positions to all positions."""
-        if not has_heads(q):
+        if not is_compiled(q):
             return super().attend(q, k, v)
         batch = math.prod(q.shape[:-3])
         return attend(self, *(a.reshape(batch, *a.shape[-3:]) for a in (q, k, v))).reshape(q.shape)
@@ -116,4 +112,4 @@ class RowCaches(batching.RowCaches):
             cache.advance(n_new)
 
     def attend(self, q, k, v):  # [b, h, n_seq, d], [b, h, n_seq, d], [b, h, n_seq, d] -> [b, h, n_seq, d]
-        return attend(self, q, k, v) if has_heads(q) else super().attend(q, k, v)
+        return attend(self, q, k, v) if is_compiled(q) else super().attend(q, k, v)

@@ -2,7 +2,7 @@
 
 A pass reads every weight once, so a pass over several rows costs little more than one over a single row. A row that is
 complete leaves the batch and the next prompt takes its place in the next pass (Yu et al. 2022, "Orca", section 3.2).
-Prompts that start together are computed together, one after another in one sequence. Each row has its own cache,
+Prompts that start together are packed into one sequence. Each row has its own cache,
 position and sampler, and attention runs row by row over that row's positions: there is no padding, and a row's result
 does not depend on the other rows: up to rounding with gpt2.py's functions, bit for bit with the compiled ones
 (compiled.py).
@@ -31,10 +31,10 @@ class RowCaches:
         return np.stack([cache.attend(*row) for cache, *row in zip(self.caches, q, k, v, strict=True)])
 
 
-class JoinedCaches:
-    """The caches of several texts for one block, used as the cache of one sequence that consists of these texts.
+class PackedCaches:
+    """The caches of several prompts for one block, used as the cache of one sequence that they are packed into.
 
-    lengths: the number of new tokens of each text.
+    lengths: the number of new tokens of each prompt.
     """
 
     def __init__(self, caches, lengths):
@@ -42,14 +42,14 @@ class JoinedCaches:
 
     @property
     def n_past(self):
-        """The position of each token in its text, minus its index in the sequence."""
+        """The position of each token in its prompt, minus its index in the sequence."""
         pasts = [cache.n_past - start for cache, start in zip(self.caches, self.starts, strict=False)]
         return np.repeat(pasts, np.diff(self.starts))  # -> [n_seq]
 
     def attend(self, q, k, v):  # [h, n_seq, d], [h, n_seq, d], [h, n_seq, d] -> [h, n_seq, d]
-        """Attend within each text, using its own cache."""
-        texts = zip(self.caches, *(np.split(a, self.starts[1:-1], axis=-2) for a in (q, k, v)), strict=True)
-        return np.concatenate([cache.attend(*text) for cache, *text in texts], axis=-2)
+        """Attend within each prompt, using its own cache."""
+        prompts = zip(self.caches, *(np.split(a, self.starts[1:-1], axis=-2) for a in (q, k, v)), strict=True)
+        return np.concatenate([cache.attend(*prompt) for cache, *prompt in prompts], axis=-2)
 
 
 class Prompt:
@@ -100,27 +100,27 @@ def new_rows(requests, params, n_tokens_to_generate, stop_id, model):
 
 def start_rows(rows, params, n_head, model):
     """Compute the prompts of new rows, PREFILL_CHUNK tokens per pass."""
-    texts, room = [], gpt2.PREFILL_CHUNK
+    pieces, room = [], gpt2.PREFILL_CHUNK
     for prompt in dict.fromkeys(row.prompt for row in rows if not row.prompt.is_computed):
         ids = prompt.ids[:-1]
         while ids:
-            texts.append((ids[:room], prompt.cache))
-            ids, room = ids[room:], room - len(texts[-1][0])
+            pieces.append((ids[:room], prompt.cache))
+            ids, room = ids[room:], room - len(pieces[-1][0])
             if room == 0:
-                prefill_texts(texts, params, n_head, model)
-                texts, room = [], gpt2.PREFILL_CHUNK
+                prefill_packed(pieces, params, n_head, model)
+                pieces, room = [], gpt2.PREFILL_CHUNK
         prompt.is_computed = True
-    if texts:
-        prefill_texts(texts, params, n_head, model)
+    if pieces:
+        prefill_packed(pieces, params, n_head, model)
     for row in rows:
         row.start()
 
 
-def prefill_texts(texts, params, n_head, model):
-    """Append the token ids of several texts to their caches, in one forward pass. texts: a list of (ids, cache)."""
-    all_ids, caches = zip(*texts, strict=True)
-    joined = [JoinedCaches(layer, list(map(len, all_ids))) for layer in zip(*caches, strict=True)]
-    model.gpt2(list(chain(*all_ids)), **params, n_head=n_head, cache=joined, last_only=True)
+def prefill_packed(pieces, params, n_head, model):
+    """Append pieces of prompts to their caches, in one forward pass. pieces: a list of (ids, cache)."""
+    all_ids, caches = zip(*pieces, strict=True)
+    packed = [PackedCaches(layer, list(map(len, all_ids))) for layer in zip(*caches, strict=True)]
+    model.gpt2(list(chain(*all_ids)), **params, n_head=n_head, cache=packed, last_only=True)
 
 
 def advance_rows(rows, params, n_head, model):

@@ -16,7 +16,7 @@ from engines.instance import new_instance
 from weights.errors import UserError
 from weights.resources import available_cores, check_memory
 
-BYTES = {"float32": 4, "int8": 1, "int4": 5 / 8}  # per weight, scales included
+BYTES = {"float32": 4, "int8": 1, "int4": 5 / 8}  # per weight, with the scales of int4; those of int8 are few
 
 
 class KernelError(UserError):
@@ -47,8 +47,9 @@ def compiled_model(params, dtype="float32"):
 def check_copy(params, dtype, remedy):
     """Raise UserError unless there is memory for a copy of the weights; remedy ends the message."""
     weights = [layer["w"] for block in params["blocks"] for part in ("attn", "mlp") for layer in block[part].values()]
-    n_weights = sum(math.prod(w.shape) for w in (*weights, params["wte"]))
-    check_memory(f"a copy of the weights in {dtype}", int(n_weights * BYTES[dtype]), remedy)
+    sizes = [math.prod(w.shape) for w in (*weights, params["wte"])]
+    largest = 0 if dtype == "float32" else 4 * max(sizes)  # one weight at a time is copied before it is quantized
+    check_memory(f"a copy of the weights in {dtype}", int(sum(sizes) * BYTES[dtype]) + largest, remedy)
 
 
 @functools.cache
@@ -59,7 +60,7 @@ def import_kernels():
         from engines import attention, functions, panels, program, vectors
 
         for w in np.zeros((2, 3), np.float32), np.zeros((2, 3), np.float32).T:
-            panels.packed(w)  # compiled when it is first called
+            panels.packed(w)  # compiled here, so that an error is one line
     except ImportError as error:
         raise UserError(
             f"the compiled engine needs numba ({error}); pip install numba, or set --engine numpy"
@@ -77,6 +78,6 @@ def set_environment():
         wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
         n_threads = int(wanted) if wanted.isdecimal() and int(wanted) else available_cores()
         os.environ.setdefault("NUMBA_NUM_THREADS", str(n_threads))
-    # Waiting threads spin for about 0.1 ms, longer than between two kernels, and then sleep. By default they spin for
+    # Waiting threads spin for about 0.1 ms, longer than between two passes, and then sleep. By default they spin for
     # several milliseconds, which takes the processor from other programs.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

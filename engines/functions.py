@@ -19,10 +19,11 @@ from engines.program import (
     NORMALIZE,
     ROWS,
     address,
+    as_input,
     contiguous,
     empty,
     execute,
-    start_recording,
+    parameter,
 )
 from engines.vectors import LANES
 
@@ -35,7 +36,7 @@ def is_supported(x):
 
 def embed(inputs, wte, wpe, n_past=0):  # [..., n_seq] -> [..., n_seq, n_embd]
     """gpt2.embed."""
-    return start_recording(gpt2.embed(inputs, wte, wpe, n_past))
+    return as_input(gpt2.embed(inputs, wte, wpe, n_past))
 
 
 def linear(x, w, b):  # [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]
@@ -43,12 +44,15 @@ def linear(x, w, b):  # [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]
     if not isinstance(w, Panels):
         return gpt2.linear(x, w, b)
     x, (n_in, n_out) = contiguous(x), w.shape
+    if x.shape[-1] != n_in:
+        raise ValueError(f"x has rows of {x.shape[-1]} elements, and w takes {n_in}")
     y, n_rows = empty((*x.shape[:-1], n_out)), x.size // n_in
     b = b if np.ndim(b) else no_bias(n_out)
     kind, n_parts = PRODUCTS[w.codes.dtype.type], len(w.codes)
     if n_rows == 1 and kind != FLOAT32_PRODUCT:
         n_parts = -(-n_parts // 2)  # two panels each
-    execute(kind, n_parts, *map(address, (x, w.codes, w.scales, b, y)), n_rows, n_in, n_out)
+    weight = map(parameter, (w.codes, w.scales, b))
+    execute(kind, n_parts, address(x), *weight, address(y), n_rows, n_in, n_out)
     return y
 
 
@@ -62,7 +66,7 @@ def layer_norm(x, g, b, eps=EPS):  # [..., n], [n], [n] -> [..., n]
     if not is_supported(x) or eps != EPS:
         return gpt2.layer_norm(x, g, b, eps)
     x, y, n_rows = contiguous(x), empty(x.shape), x.size // x.shape[-1]
-    fields = {"w": address(g), "b": address(b), "y": address(y), "n_rows": n_rows, "n_in": x.shape[-1]}
+    fields = {"w": parameter(g), "b": parameter(b), "y": address(y), "n_rows": n_rows, "n_in": x.shape[-1]}
     execute(NORMALIZE, -(-n_rows // ROWS), address(x), **fields)
     return y
 

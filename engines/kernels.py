@@ -7,14 +7,12 @@ sum is taken in the same order.
 import math
 
 import numpy as np
-from llvmlite import binding, ir
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from llvmlite import binding
+from numba import carray, njit
 
 from engines.vectors import (
-    FLOATS,
-    INTS,
     LANES,
+    address_of,
     exp,
     fma,
     fma_each,
@@ -23,36 +21,26 @@ from engines.vectors import (
     load,
     load4,
     loads,
+    lower,
     maximum,
-    pointer,
     splat,
     store,
     store4,
     stores,
     total,
-    vector,
+    upper,
     zero,
 )
 
 PANEL = 4 * LANES  # columns of a weight that lie side by side
-GROUP = 32  # rows of a panel with the same scales, for codes of 4 bits
+GROUP = 32  # rows of a panel that share a scale (int4)
 TILE = 6  # rows of x that are multiplied at a time
-# Rows of x up to which a tile is as wide as a panel. Its 24 sums fit into the registers of AVX-512; elsewhere some do
-# not, and tiles of one vector are faster for many rows.
-WIDE_ROWS = 2**31 if binding.get_host_cpu_features().get("avx512f") else 32
+# A tile is as wide as a panel where its 24 sums fit into the registers. Elsewhere, tiles of one vector are faster
+# unless x has few rows.
+HAS_AVX512 = bool(binding.get_host_cpu_features().get("avx512f"))
+FEW_ROWS = 32
 BLOCK = 4 * LANES  # keys that lie side by side
 QUERIES = 4  # queries that are attended from at a time, with 4 vectors of each
-BYTES = ir.VectorType(ir.IntType(8), LANES)
-
-
-@intrinsic
-def address_of(typing_context, address):
-    """address_of(i): the integer i as a pointer, for carray()."""
-
-    def generate(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
-
-    return types.voidptr(types.int64), generate
 
 
 @njit
@@ -80,34 +68,12 @@ def times(a, b):
     return a[0] * b[0], a[1] * b[1], a[2] * b[2], a[3] * b[3]
 
 
-def code_of_half(is_upper):
-    """An intrinsic f(a, index): the codes, 0 to 15, in half of each of LANES contiguous bytes, minus 8."""
-
-    def constant(value):
-        return ir.Constant(INTS, [value] * LANES)
-
-    @intrinsic
-    def code(typing_context, a, index):
-        def generate(context, builder, signature, args):
-            address = builder.bitcast(pointer(context, builder, a, args[0], index, args[1]), BYTES.as_pointer())
-            byte = builder.zext(builder.load(address, align=1), INTS)
-            half = builder.lshr(byte, constant(4)) if is_upper else builder.and_(byte, constant(15))
-            return builder.sitofp(builder.sub(half, constant(8)), FLOATS)
-
-        return vector(a, index), generate
-
-    return code
-
-
-lower, upper = code_of_half(is_upper=False), code_of_half(is_upper=True)
-
-
 def product_of_codes(row_of):
     """Return two functions that multiply x by panels of codes; row_of(panel, scales, k) are the floats of its row k."""
 
     @njit
     def of_row(x, panels, scales, y):  # [n_in], two panels, their scales -> y: [2*PANEL]
-        """Add the products of a single row to y. A single panel would leave the processor waiting for each sum."""
+        """Add the products of a single row to y. With one panel each sum would wait for the previous one."""
         s0, s1 = load4(y, 0), load4(y, PANEL)
         for k in range(x.size):
             s0 = fma_each(splat(x[k]), row_of(panels[0], scales[0], k), s0)
@@ -146,8 +112,8 @@ def product_of_tile(width):
     load_each, store_each = loads(width), stores(width)
 
     @njit
-    def tile(x, i0, panel, j, b, y):  # [rows, n_in], [n_in, PANEL], [PANEL] -> y[i0 : i0 + TILE, j : j + width * LANES]
-        """Rows beyond the last one repeat it."""
+    def tile(x, i0, panel, j, b, y):  # [rows, n_in], [n_in, PANEL], [PANEL] -> y: [rows, PANEL]
+        """Write TILE rows of x @ panel + b, from column j on, to y. Rows beyond the last one repeat it."""
         last = x.shape[0] - 1
         i1, i2, i3 = min(i0 + 1, last), min(i0 + 2, last), min(i0 + 3, last)
         i4, i5 = min(i0 + 4, last), min(i0 + 5, last)
@@ -160,12 +126,12 @@ def product_of_tile(width):
             s3 = fma_each(splat(x[i3, k]), w, s3)
             s4 = fma_each(splat(x[i4, k]), w, s4)
             s5 = fma_each(splat(x[i5, k]), w, s5)
-        store_each(y, (i5, j), s5)
-        store_each(y, (i4, j), s4)
-        store_each(y, (i3, j), s3)
-        store_each(y, (i2, j), s2)
-        store_each(y, (i1, j), s1)
         store_each(y, (i0, j), s0)
+        store_each(y, (i1, j), s1)
+        store_each(y, (i2, j), s2)
+        store_each(y, (i3, j), s3)
+        store_each(y, (i4, j), s4)
+        store_each(y, (i5, j), s5)
 
     return tile
 
@@ -175,7 +141,7 @@ wide_tile, narrow_tile = product_of_tile(PANEL // LANES), product_of_tile(1)
 
 @njit
 def product_of_rows(x, panel, b, y):  # [rows, n_in], [n_in, PANEL], [PANEL] -> y: [rows, PANEL]
-    if x.shape[0] <= WIDE_ROWS:
+    if HAS_AVX512 or x.shape[0] <= FEW_ROWS:
         for i in range(0, x.shape[0], TILE):
             wide_tile(x, i, panel, 0, b, y)
     else:
@@ -231,7 +197,7 @@ def add(x, y, z):  # [n], [n] -> z: [n]
 
 
 @njit
-def multiply(x, w, y):  # [n_rows, n], [n, >= n_columns] -> y: [n_rows, n_columns]
+def multiply_rows(x, w, y):  # [n_rows, n], [n, >= n_columns] -> y: [n_rows, n_columns]
     """Write x @ w to y, for 1 to QUERIES rows and a multiple of LANES columns; those of w beyond y's are not read."""
     last_row, last = x.shape[0] - 1, y.shape[1] - LANES
     r1, r2, r3 = min(1, last_row), min(2, last_row), min(3, last_row)  # beyond the last row, it is repeated
@@ -246,11 +212,11 @@ def multiply(x, w, y):  # [n_rows, n], [n, >= n_columns] -> y: [n_rows, n_column
                 s2 = fma_each(splat(x[r2, k]), four, s2)
                 s3 = fma_each(splat(x[r3, k]), four, s3)
         columns = j0, j1, j2, j3
-        if last_row > 0:
-            store_columns(y, r3, columns, s3)
-            store_columns(y, r2, columns, s2)
-            store_columns(y, r1, columns, s1)
         store_columns(y, 0, columns, s0)
+        if last_row > 0:
+            store_columns(y, r1, columns, s1)
+            store_columns(y, r2, columns, s2)
+            store_columns(y, r3, columns, s3)
 
 
 @njit
@@ -280,14 +246,14 @@ def softmax(scores, n_keys, scale):  # [n] -> scores: [n]
 
 @njit
 def attend_tile(q, keys, values, n_keys, scores, out):  # [n_q, d] -> out: [n_q, d]
-    """Attend from up to QUERIES queries, the last of which sees n_keys keys; scratch memory: [QUERIES, >= n_keys]."""
+    """Attend from up to QUERIES queries, the last of which sees n_keys keys; scores: [QUERIES, >= n_keys], scratch."""
     n_q, d = q.shape
     scores = scores[:n_q, : -(-n_keys // LANES) * LANES]
     for block in range(-(-n_keys // BLOCK)):
-        multiply(q, keys[block], scores[:, block * BLOCK : (block + 1) * BLOCK])
+        multiply_rows(q, keys[block], scores[:, block * BLOCK : (block + 1) * BLOCK])
     for i in range(n_q):
         softmax(scores[i], n_keys - n_q + i + 1, 1 / math.sqrt(d))
-    multiply(scores[:, :n_keys], values, out)
+    multiply_rows(scores[:, :n_keys], values, out)
 
 
 @njit

@@ -1,7 +1,7 @@
 """Weights in the layout of the kernels: float32, or codes of 8 or 4 bits, which take less time to read.
 
-A weight [n_in, n_out] lies in panels of PANEL columns; zeros fill up the last one. A kernel reads a panel from its
-beginning to its end, whether it multiplies one row or many.
+A weight [n_in, n_out] lies in panels of PANEL columns; zeros fill up the last one. A kernel reads a panel in order,
+once per tile of rows.
 
 The codes are lossy. A weight is its code times a scale: for int8 each column has a scale, for int4 each GROUP elements
 of a column. The products are of float32.
@@ -107,12 +107,12 @@ def read_only(a):
 def quantize_int8(w, codes, scales):  # [m, n_in, PANEL] -> codes: [m, n_in, PANEL], scales: [m, 1, PANEL]
     """Write the codes and scales of w. The largest element of a column becomes 127 or -127."""
     for p in prange(len(w)):
-        most, inverse = np.zeros(PANEL, np.float32), np.empty(PANEL, np.float32)
+        absmax, inverse = np.zeros(PANEL, np.float32), np.empty(PANEL, np.float32)
         for k in range(w.shape[1]):
             for j in range(PANEL):
-                most[j] = larger(abs(w[p, k, j]), most[j])
+                absmax[j] = larger(abs(w[p, k, j]), absmax[j])
         for j in range(PANEL):
-            scales[p, 0, j], inverse[j] = most[j] / np.float32(127), reciprocal(most[j] / np.float32(127))
+            scales[p, 0, j], inverse[j] = absmax[j] / np.float32(127), reciprocal(absmax[j] / np.float32(127))
         for k in range(w.shape[1]):
             for j in range(PANEL):
                 codes[p, k, j] = np.int8(np.rint(w[p, k, j] * inverse[j]))
@@ -176,14 +176,8 @@ def quantized(w, dtype):
 def in_panels(params):
     """Return the parameters for compiled functions: weights as Panels, in one array, and wte as Embedding."""
     sizes = [PANEL * -(-w.shape[1] // PANEL) * w.shape[0] for w in weights_of(params)]
-    arena, end = huge_pages(sum(sizes)), 0
-
-    def copied(w):
-        nonlocal end
-        start, end = end, end + PANEL * -(-w.shape[1] // PANEL) * w.shape[0]
-        return packed(w, arena[start:end])
-
-    return with_weights(params, copied)
+    parts = iter(np.split(huge_pages(sum(sizes)), np.cumsum(sizes)[:-1]))
+    return with_weights(params, lambda w: packed(w, next(parts)))
 
 
 def quantize(params, dtype):

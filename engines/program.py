@@ -42,21 +42,22 @@ from engines.kernels import (
 from engines.vectors import LANES, fetch, fetch_add, kernel
 
 NORMALIZE, ACTIVATE, ADD, ATTEND, FLOAT32_PRODUCT, INT8_PRODUCT, INT4_PRODUCT = range(7)
-ROWS, ELEMENTS = 8, 2**12  # of a part of layer_norm, of the functions of single elements
-EPS = 1e-5  # of layer_norm
+ROWS = 8  # rows of layer_norm per part
+ELEMENTS = 2**12  # elements of gelu, or of a sum, per part
+EPS = 1e-5  # the eps of layer_norm that is compiled
 LINE = 8  # int64 elements of a cache line, which a counter has for itself
-SPINS = 500  # times that a waiting thread looks before it lets another program run
+SPINS = 500  # polls of a waiting thread before it yields the processor
 
-# Arrays are given by their addresses. Those of attention have strides in elements; see each function.
+# Arrays are given by their addresses. w is also the gain of layer_norm and the second addend of a sum; n_in is also the
+# number of elements of gelu and of a sum. x_batch to k_row are strides in elements.
 FIELDS = ("kind", "n_parts", "x", "w", "scales", "b", "y", "n_rows", "n_in", "n_out")
 FIELDS += ("k", "v", "rows", "batch", "n_head", "n_new", "x_batch", "x_head", "x_row", "k_batch", "k_head", "k_row")
 Operation = collections.namedtuple("Operation", FIELDS, defaults=[0] * (len(FIELDS) - 2))
 OPERATION = np.dtype([(name, np.int64) for name in FIELDS])
 
-if not hasattr(os, "sched_yield"):  # Windows
+if os.name == "nt":
     binding.load_library_permanently("kernel32.dll")
-YIELD = "sched_yield" if hasattr(os, "sched_yield") else "SwitchToThread"
-let_others_run = types.ExternalFunction(YIELD, types.int32())
+yield_processor = types.ExternalFunction("SwitchToThread" if os.name == "nt" else "sched_yield", types.int32())
 
 
 @njit
@@ -78,16 +79,16 @@ def product_part(op, p):  # x: [n_rows, n_in], w: panels, b: [n_out] -> y: [n_ro
     x = matrix(op.x, op.n_rows, op.n_in)
     b, y = matrix(op.b, 1, op.n_out)[0, first : first + n], matrix(op.y, op.n_rows, op.n_out)[:, first : first + n]
     if n == PANEL:
-        multiply(op, x, p, b, y)
+        multiply_panel(op, x, p, b, y)
     else:
         own_b, own_y = np.zeros(PANEL, np.float32), np.empty((op.n_rows, PANEL), np.float32)
         own_b[:n] = b
-        multiply(op, x, p, own_b, own_y[:, :PANEL])
+        multiply_panel(op, x, p, own_b, own_y[:, :PANEL])  # a slice, as y is: compiled once
         y[:] = own_y[:, :n]
 
 
 @njit
-def multiply(op, x, p, b, y):
+def multiply_panel(op, x, p, b, y):
     if op.kind == FLOAT32_PRODUCT:
         float32_product(x, matrix(op.w + 4 * p * op.n_in * PANEL, op.n_in, PANEL), b, y)
     elif op.kind == INT8_PRODUCT:
@@ -111,7 +112,7 @@ def int4_panel(op, p):
 
 @njit
 def pair_part(op, part):  # x: [n_in], w: panels of codes, b: [n_out] -> y: [n_out]
-    """Multiply a single row by panels 2*part and 2*part + 1, or twice by the same if there is no other."""
+    """Multiply a single row by panels 2*part and 2*part + 1. The last panel of an odd number is multiplied twice."""
     first, n = 2 * part * PANEL, min(2 * PANEL, op.n_out - 2 * part * PANEL)
     x, y = matrix(op.x, 1, op.n_in)[0], np.zeros(2 * PANEL, np.float32)
     y[:n] = matrix(op.b, 1, op.n_out)[0, first : first + n]
@@ -187,7 +188,7 @@ def run(operations, counters, n_threads):  # counters: [n_operations, n_threads 
             while fetch(counters, (i, n_threads, 0)) < op.n_parts:
                 spins += 1
                 if spins > SPINS:
-                    let_others_run()
+                    yield_processor()
 
 
 def start(operations):
@@ -199,16 +200,27 @@ def address(a):
     return a.__array_interface__["data"][0]
 
 
+def parameter(a):
+    """Return the address of a parameter, which the program that is being recorded keeps alive."""
+    if current.program:
+        current.program.params.append(a)
+    return address(a)
+
+
 # Recording
 
 
-class Recording(threading.local):
-    """What this thread records."""
+class Current(threading.local):
+    """The program that this thread records, if any."""
 
     program = None
 
 
-recording = Recording()
+current = Current()
+
+
+class Block(np.ndarray):
+    """Memory of a program. Its type differs from that of the arrays in it, so that NumPy keeps their views apart."""
 
 
 class Recorded(np.ndarray):
@@ -234,43 +246,46 @@ def is_addend(a):
 
 def is_recorded(a):
     """Return whether an array lies in the memory of a program. A copy does not: it would not be made again."""
-    while isinstance(a, np.ndarray):
-        if isinstance(a, Recorded) and type(a.base) is np.ndarray:  # a result, and not a view of one
-            return True
+    while isinstance(a, np.ndarray) and not isinstance(a, Block):
         a = a.base
-    return False
+    return isinstance(a, Block)
 
 
 class Program:
     """The operations of a pass.
 
-    input, output: its embedded tokens and its logits. tables: for each block the rows of its attention, and the
-    arguments with which its cache makes them. is_complete: whether all that the pass computed is recorded.
-    memory: a list of arrays that the operations may use; more are added to it.
+    input, output: its embedded tokens and its logits. tables: for each block the array of rows that its attention
+    reads, and the arguments of cache.rows that fill it. is_complete: whether all that the pass computed is recorded.
+    params: what the addresses in the operations belong to. memory: a list of arrays that the operations may use; more
+    are added to it.
     """
 
     def __init__(self, params, memory):
-        self.params, self.memory, self.free = params, memory, list(memory)  # the operations have addresses of params
+        self.params, self.memory = list(params), memory
         self.operations, self.tables, self.is_complete = [], [], True
+        self.free = collections.defaultdict(list)  # by size
+        for block in memory:
+            self.free[block.size].append(block)
 
     def empty(self, shape):
         """Return an array in memory that is used again as soon as Python has freed the array."""
         n = 2 ** (math.prod(shape) - 1).bit_length()  # so that passes over other numbers of tokens use it as well
-        i = min((i for i, a in enumerate(self.free) if a.size >= n), key=lambda i: self.free[i].size, default=None)
-        if i is None:
-            self.memory.append(np.empty(n, np.float32))
-        block = self.memory[-1] if i is None else self.free.pop(i)
-        a = Recorded(shape, np.float32, block.data)
-        weakref.finalize(a, self.free.append, block).atexit = False
+        free = self.free[n]
+        if not free:
+            free.append(np.empty(n, np.float32).view(Block))
+            self.memory.append(free[0])
+        block = free.pop()
+        a = Recorded(shape, np.float32, block)
+        weakref.finalize(a, free.append, block).atexit = False
         return a
 
     @contextlib.contextmanager
     def recording(self):
-        recording.program = self
+        before, current.program = current.program, self
         try:
             yield
         finally:
-            recording.program = None
+            current.program = before
         if self.is_complete:
             self.operations = np.concatenate(self.operations)
 
@@ -285,46 +300,46 @@ class Program:
         return np.array(self.output)
 
 
-def start_recording(x):
+def as_input(x):
     """Return the embedded tokens of a pass as the input of the program that is being recorded."""
-    if recording.program:
-        recording.program.input = empty(x.shape)
-        np.asarray(recording.program.input)[:] = x
-        return recording.program.input
+    if current.program:
+        current.program.input = empty(x.shape)
+        np.asarray(current.program.input)[:] = x
+        return current.program.input
     return x
 
 
 def execute(*fields, **others):
     """Perform an operation, and record it if a program is being recorded."""
-    operation = np.array([Operation(*fields, **others)], np.int64).view(OPERATION)[:, 0]
+    operation = np.array([Operation(*fields, **others)], OPERATION)
     start(operation)
-    if recording.program:
-        recording.program.operations.append(operation)
+    if current.program:
+        current.program.operations.append(operation)
 
 
 def empty(shape):
     """Return an array for the result of an operation."""
-    return recording.program.empty(shape) if recording.program else np.empty(shape, np.float32)
+    return current.program.empty(shape) if current.program else np.empty(shape, np.float32)
 
 
 def contiguous(a):
-    """Return a, or a contiguous copy of it, which is no operation: the program that is being recorded is not used."""
+    """Return a as a contiguous float32 array. A copy is not recorded, so it makes the program incomplete."""
     if a.flags.c_contiguous and a.dtype == np.float32:
-        return known(a)
+        return require_recorded(a)
     abandon()
     return np.ascontiguousarray(a, np.float32)
 
 
-def known(a):
-    """Return a, which an operation is to read; if no operation wrote it, the program cannot be used."""
+def require_recorded(a):
+    """Return a. Unless it lies in the memory of a program, the one that is being recorded is incomplete."""
     if not is_recorded(a):
         abandon()
     return a
 
 
 def abandon():
-    if recording.program:
-        recording.program.is_complete = False
+    if current.program:
+        current.program.is_complete = False
 
 
 def sum_of(x, y):  # [..., n], [..., n] -> [..., n]
@@ -336,41 +351,42 @@ def sum_of(x, y):  # [..., n], [..., n] -> [..., n]
 # Replaying
 
 MAX_TOKENS = 64  # of a pass that is recorded; in longer ones the operations take much longer than their start
-MAX_PROGRAMS = 32  # which are kept: one for each number of draft tokens and size of a batch
+MAX_PROGRAMS = 32  # kept, the most recently used: one for each number of draft tokens, and for each size of a batch
 
 
 class Replayed:
     """The function gpt2 of an instance of the module, which records the first pass of a shape and replays it later.
 
     What is recorded depends on the parameters and on the shape of the tokens, but not on what the cache holds. All
-    programs use the same memory, so one pass runs at a time.
+    programs use the same memory, so one pass runs at a time. Functions of the instance must be replaced before the
+    first pass.
     """
 
     def __init__(self, function):
-        self.function, self.programs, self.memory, self.lock = function, {}, [], threading.Lock()
+        self.function, self.programs = function, collections.OrderedDict()
+        self.memory, self.lock = [], threading.Lock()
 
     def __call__(self, inputs, wte, wpe, blocks, ln_f, n_head, cache=None, last_only=False):
         inputs, params = np.asarray(inputs, dtype=int), (wte, wpe, blocks, ln_f)
         forward = functools.partial(self.function, inputs, *params, n_head, cache, last_only)
-        if not cache or not hasattr(cache[0], "rows") or not 0 < inputs.size <= MAX_TOKENS:
+        has_rows = cache and hasattr(cache[0], "rows")  # a cache of attention.py
+        if not has_rows or not 0 < inputs.size <= MAX_TOKENS:
             return forward()
         key = (*map(id, params), n_head, type(cache[0]), last_only, inputs.shape)
         with self.lock:
-            program = self.programs.pop(key, None)
-            if program is None:
-                program, logits = self.record(forward, params)
-            elif program.is_complete:
-                logits = program.replay(gpt2.embed(inputs, wte, wpe, cache[0].n_past), cache)
-            else:
-                logits = forward()
-            self.programs[key] = program  # now the most recently used
-            if len(self.programs) > MAX_PROGRAMS:
-                del self.programs[next(iter(self.programs))]
-        return logits
+            if key not in self.programs:
+                self.programs[key], logits = self.record(forward, params)
+                if len(self.programs) > MAX_PROGRAMS:
+                    self.programs.popitem(last=False)
+                return logits
+            self.programs.move_to_end(key)  # now the most recently used
+            if not self.programs[key].is_complete:
+                return forward()
+            return self.programs[key].replay(gpt2.embed(inputs, wte, wpe, cache[0].n_past), cache)
 
     def record(self, forward, params):
         """Return a program and the logits of the pass that it was recorded from."""
         program = Program(params, self.memory)
         with program.recording():
-            program.output = known(forward())
+            program.output = require_recorded(forward())
         return program, np.array(program.output)

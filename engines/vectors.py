@@ -1,7 +1,8 @@
 """Vectors of float32 for numba: a SIMD register as a type, and the operations on it that kernels need.
 
-A kernel written with them states the order of every addition, so that its results do not depend on how a compiler
-vectorizes a loop. LLVM maps a vector to the processor's registers (one of AVX-512, two of AVX2, four of NEON).
+A kernel written with them states the order of every addition but for those within a vector, which are pairwise. Its
+results do not depend on how a compiler vectorizes a loop. LLVM maps a vector to the processor's registers (one of
+AVX-512, two of AVX2, four of NEON).
 """
 
 import operator
@@ -26,9 +27,9 @@ VERSION = f"{zlib.crc32(b''.join(SHARED)):08x}"  # of the code that kernels in s
 def kernel(signature=None, parallel=False):
     """Return a decorator that compiles a function when it is first called, and keeps the result on disk if possible.
 
-    With a signature it is compiled at once, and for these types only. numba keeps it in NUMBA_CACHE_DIR, __pycache__ or
-    the user's cache folder. It compiles a function again when its own file changes, but not when a file changes whose
-    functions it calls. Its name therefore ends in the version of the shared files.
+    With a signature it is compiled at import, for these types only. numba keeps the result in NUMBA_CACHE_DIR,
+    __pycache__ or the user's cache folder, and compiles again when the function's own file changes, but not when a file
+    changes whose functions it calls. The name therefore ends in VERSION, a checksum of the shared files.
     """
 
     def decorate(function):
@@ -87,6 +88,16 @@ def call(builder, name, *args):
     return builder.call(cgutils.get_or_insert_function(builder.module, function_type, f"{name}.v{LANES}f32"), args)
 
 
+@intrinsic
+def address_of(typing_context, address):
+    """address_of(i): the integer i as a pointer, for carray()."""
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), generate
+
+
 def pointer(context, builder, array_type, array, index_type, index):
     """The address of an element; index is an integer or a tuple of integers, one per axis, none negative."""
     array = context.make_array(array_type)(context, builder, array)
@@ -100,6 +111,10 @@ def load_at(context, builder, array_type, address):
     address = builder.bitcast(address, ir.VectorType(element, LANES).as_pointer())
     elements = builder.load(address, align=array_type.dtype.bitwidth // 8)
     return elements if element == FLOAT else builder.sitofp(elements, FLOATS)
+
+
+def store_at(builder, v, address):
+    builder.store(v, builder.bitcast(address, FLOATS.as_pointer()), align=4)
 
 
 @intrinsic
@@ -135,8 +150,7 @@ def stores(n):
         def generate(context, builder, signature, args):
             first = pointer(context, builder, a, args[0], index, args[1])
             for i, v in enumerate(cgutils.unpack_tuple(builder, args[2])):
-                address = builder.gep(first, [INT(i * LANES)])
-                builder.store(v, builder.bitcast(address, FLOATS.as_pointer()), align=4)
+                store_at(builder, v, builder.gep(first, [INT(i * LANES)]))
             return context.get_dummy_value()
 
         return types.void(a, index, vectors), generate
@@ -152,11 +166,34 @@ def store(typing_context, a, index, v):
     """store(a, index, v): write v to LANES contiguous elements of the float32 array a, from a[index] on."""
 
     def generate(context, builder, signature, args):
-        address = pointer(context, builder, a, args[0], index, args[1])
-        builder.store(args[2], builder.bitcast(address, FLOATS.as_pointer()), align=4)
+        store_at(builder, args[2], pointer(context, builder, a, args[0], index, args[1]))
         return context.get_dummy_value()
 
     return types.void(a, index, v), generate
+
+
+def code_of_half(is_upper):
+    """An intrinsic f(a, index): the codes, 0 to 15, in half of each of LANES contiguous bytes, minus 8."""
+
+    def constant(value):
+        return ir.Constant(INTS, [value] * LANES)
+
+    @intrinsic
+    def code(typing_context, a, index):
+        def generate(context, builder, signature, args):
+            address = builder.bitcast(
+                pointer(context, builder, a, args[0], index, args[1]), ir.VectorType(ir.IntType(8), LANES).as_pointer()
+            )
+            byte = builder.zext(builder.load(address, align=1), INTS)
+            half = builder.lshr(byte, constant(4)) if is_upper else builder.and_(byte, constant(15))
+            return builder.sitofp(builder.sub(half, constant(8)), FLOATS)
+
+        return vector(a, index), generate
+
+    return code
+
+
+lower, upper = code_of_half(is_upper=False), code_of_half(is_upper=True)
 
 
 @intrinsic

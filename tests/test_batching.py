@@ -38,10 +38,10 @@ def test_each_row_is_what_transformers_generate_alone(model_and_params, expected
 
 
 def test_the_samples_of_a_prompt_share_its_prefill_and_are_those_of_a_run_alone(model_and_params, params, monkeypatch):
-    inputs, computed, prefill = INPUTS[:5], [], batching.prefill_texts
+    inputs, computed, prefill = INPUTS[:5], [], batching.prefill_packed
     requests = [(i, ids, [make_sampler(1.0, seed=s) for s in (3, 4, 3)]) for i, ids in enumerate(inputs)]
     with monkeypatch.context() as m:
-        m.setattr(batching, "prefill_texts", lambda texts, *a: (computed.extend(texts), prefill(texts, *a)))
+        m.setattr(batching, "prefill_packed", lambda texts, *a: (computed.extend(texts), prefill(texts, *a)))
         found = {key: ids for key, ids, _ in generate_batch(model_and_params, requests, 4)}
     assert [ids for ids, _ in computed] == [ids[:-1] for ids in inputs if len(ids) > 1]
     for i, ids in enumerate(inputs):

@@ -283,7 +283,7 @@ def test_without_numba_or_memory_auto_takes_numpy_and_compiled_says_why(inside, 
         monkeypatch.setitem(sys.modules, "numba", None)
         if problem == "numba cannot be imported":
             monkeypatch.setattr(engine, "is_installed", lambda: True)
-        for name in ("attention", "kernels", "quantized", "vectors"):
+        for name in ("attention", "functions", "kernels", "panels", "program", "vectors"):
             monkeypatch.delitem(sys.modules, f"engines.{name}", raising=False)
             monkeypatch.delattr(engines, name, raising=False)
         words = ["numba", "pip install numba"]

@@ -13,6 +13,7 @@ from tests.conftest import ROOT
 numba = pytest.importorskip("numba")
 
 from engines import functions, vectors  # noqa: E402
+from engines.kernels import PANEL, TILE, narrow_tile, wide_tile  # noqa: E402
 from engines.panels import packed  # noqa: E402
 from engines.vectors import LANES  # noqa: E402
 
@@ -130,6 +131,29 @@ def test_a_row_has_the_same_bits_beside_any_other_rows(kernel, function, n):
         np.testing.assert_array_equal(kernel(x[:n_rows]), together[:n_rows])
         np.testing.assert_array_equal(kernel(x[n_rows : n_rows + 1]), together[n_rows : n_rows + 1])
         np.testing.assert_array_equal(kernel(x[5 : 5 + n_rows]), together[5 : 5 + n_rows])
+
+
+@numba.njit
+def tiles_of(x, panel, b, wide, narrow):  # [rows, n_in], [n_in, PANEL], [PANEL] -> wide, narrow: [rows, PANEL]
+    for i in range(0, x.shape[0], TILE):
+        wide_tile(x, i, panel, 0, b, wide)
+        for j in range(0, PANEL, LANES):
+            narrow_tile(x, i, panel, j, b, narrow)
+
+
+@pytest.mark.parametrize("n_rows", [1, 5, 6, 7, 40])
+def test_tiles_for_other_processors_have_the_same_bits(n_rows):
+    """Those of one vector are used for many rows where there is no AVX-512."""
+    wide, narrow = np.empty((2, n_rows, PANEL), np.float32)
+    x, panel, b = random(n_rows, 48), random(48, PANEL), random(1, PANEL)[0]
+    tiles_of(x, panel, b, wide, narrow)
+    np.testing.assert_array_equal(narrow, wide)
+    np.testing.assert_allclose(wide, x @ panel + b, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_another_length_are_refused():
+    with pytest.raises(ValueError, match=r"48 .* 96"):
+        functions.linear(random(3, 48), packed(random(96, 7)), 0)
 
 
 THREADS = """
