@@ -7,12 +7,12 @@ import gpt2
 from engines.compiled import KernelError, compiled_model, import_kernels, is_installed
 from weights.errors import UserError
 
-# In seconds, on two cores of Zen 4 with a model of 124M's shape: medians of runs in turns with NumPy
-START = 0.8  # importing numba and loading the kernels
-COPY = 2e-9  # transposing the weights, per parameter
+# In seconds, on two cores of Zen 5 with a model of 124M's shape: medians of runs in turns with NumPy
+START = 0.45  # importing numba and loading the kernels
+COPY = 4e-9  # copying the weights into panels, per parameter
 SAVED_PER_TOKEN = 0.03e-9  # by a compiled pass over one token, per parameter, where memory is slow
-SAVED_PER_BATCH = 0.24e-9  # by a compiled pass over several rows, per parameter
-SAVED_PER_PROMPT_TOKEN = 0.002e-9  # by a compiled prefill, per parameter and token
+SAVED_PER_BATCH = 0.16e-9  # by a compiled pass over several rows, per parameter
+SAVED_PER_PROMPT_TOKEN = 0.0025e-9  # by a compiled prefill, per parameter and token
 
 
 def add_engine_options(add):

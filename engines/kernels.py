@@ -39,6 +39,7 @@ TILE = 6  # rows of x that are multiplied at a time
 # unless x has few rows.
 HAS_AVX512 = bool(binding.get_host_cpu_features().get("avx512f"))
 FEW_ROWS = 32
+CHUNK = 64  # rows of a panel of codes that are converted at a time, to floats that the first-level cache holds
 BLOCK = 4 * LANES  # keys that lie side by side
 QUERIES = 4  # queries that are attended from at a time, with 4 vectors of each
 
@@ -69,7 +70,7 @@ def times(a, b):
 
 
 def product_of_codes(row_of):
-    """Return two functions that multiply x by panels of codes; row_of(panel, scales, k) are the floats of its row k."""
+    """Return functions for one row of x and for several; row_of(panel, scales, k) is row k of a panel as floats."""
 
     @njit
     def of_row(x, panels, scales, y):  # [n_in], two panels, their scales -> y: [2*PANEL]
@@ -82,11 +83,14 @@ def product_of_codes(row_of):
         store4(y, PANEL, s1)
 
     @njit
-    def of_rows(x, panel, scales, b, y):  # [rows, n_in], a panel, its scales, [PANEL] -> y: [rows, PANEL]
-        floats = np.empty((x.shape[1], PANEL), np.float32)
-        for k in range(x.shape[1]):
-            store4(floats, (k, 0), row_of(panel, scales, k))
-        product_of_rows(x, floats, b, y)
+    def of_rows(x, panel, scales, y):  # [rows, n_in], a panel, its scales -> y: [rows, PANEL]
+        """Add the products of several rows to y."""
+        floats = np.empty((CHUNK, PANEL), np.float32)
+        for start in range(0, x.shape[1], CHUNK):
+            stop = min(start + CHUNK, x.shape[1])
+            for k in range(start, stop):
+                store4(floats, (k - start, 0), row_of(panel, scales, k))
+            add_product(x[:, start:stop], floats[: stop - start], y)
 
     return of_row, of_rows
 
@@ -96,12 +100,12 @@ int4_product_of_row, int4_product = product_of_codes(row_int4)
 
 
 @njit
-def float32_product(x, panel, b, y):  # [rows, n_in], [n_in, PANEL], [PANEL] -> y: [rows, PANEL]
-    """Write x @ panel + b to y."""
+def float32_product(x, panel, y):  # [rows, n_in], [n_in, PANEL] -> y: [rows, PANEL]
+    """Add x @ panel to y."""
     if x.shape[0] != 1:
-        product_of_rows(x, panel, b, y)
+        add_product(x[:, :], panel, y)
     else:
-        sums = load4(b, 0)
+        sums = load4(y, (0, 0))
         for k in range(x.shape[1]):
             sums = fma_each(splat(x[0, k]), load4(panel, (k, 0)), sums)
         store4(y, (0, 0), sums)
@@ -112,12 +116,13 @@ def product_of_tile(width):
     load_each, store_each = loads(width), stores(width)
 
     @njit
-    def tile(x, i0, panel, j, b, y):  # [rows, n_in], [n_in, PANEL], [PANEL] -> y: [rows, PANEL]
-        """Write TILE rows of x @ panel + b, from column j on, to y. Rows beyond the last one repeat it."""
+    def tile(x, i0, panel, j, y):  # [rows, n_in], [n_in, PANEL] -> y: [rows, PANEL]
+        """Add TILE rows of x @ panel, from column j on, to y. Rows beyond the last one repeat it."""
         last = x.shape[0] - 1
         i1, i2, i3 = min(i0 + 1, last), min(i0 + 2, last), min(i0 + 3, last)
         i4, i5 = min(i0 + 4, last), min(i0 + 5, last)
-        s0 = s1 = s2 = s3 = s4 = s5 = load_each(b, j)
+        s0, s1, s2 = load_each(y, (i0, j)), load_each(y, (i1, j)), load_each(y, (i2, j))
+        s3, s4, s5 = load_each(y, (i3, j)), load_each(y, (i4, j)), load_each(y, (i5, j))
         for k in range(panel.shape[0]):
             w = load_each(panel, (k, j))
             s0 = fma_each(splat(x[i0, k]), w, s0)
@@ -140,14 +145,14 @@ wide_tile, narrow_tile = product_of_tile(PANEL // LANES), product_of_tile(1)
 
 
 @njit
-def product_of_rows(x, panel, b, y):  # [rows, n_in], [n_in, PANEL], [PANEL] -> y: [rows, PANEL]
+def add_product(x, panel, y):  # [rows, n_in], [n_in, PANEL] -> y: [rows, PANEL]
     if HAS_AVX512 or x.shape[0] <= FEW_ROWS:
         for i in range(0, x.shape[0], TILE):
-            wide_tile(x, i, panel, 0, b, y)
+            wide_tile(x, i, panel, 0, y)
     else:
         for j in range(0, PANEL, LANES):
             for i in range(0, x.shape[0], TILE):
-                narrow_tile(x, i, panel, j, b, y)
+                narrow_tile(x, i, panel, j, y)
 
 
 # Functions of single rows and elements

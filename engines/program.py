@@ -78,23 +78,18 @@ def product_part(op, p):  # x: [n_rows, n_in], w: panels, b: [n_out] -> y: [n_ro
     first, n = p * PANEL, min(PANEL, op.n_out - p * PANEL)
     x = matrix(op.x, op.n_rows, op.n_in)
     b, y = matrix(op.b, 1, op.n_out)[0, first : first + n], matrix(op.y, op.n_rows, op.n_out)[:, first : first + n]
-    if n == PANEL:
-        multiply_panel(op, x, p, b, y)
-    else:
-        own_b, own_y = np.zeros(PANEL, np.float32), np.empty((op.n_rows, PANEL), np.float32)
-        own_b[:n] = b
-        multiply_panel(op, x, p, own_b, own_y[:, :PANEL])  # a slice, as y is: compiled once
-        y[:] = own_y[:, :n]
-
-
-@njit
-def multiply_panel(op, x, p, b, y):
+    sums = y if n == PANEL else np.zeros((op.n_rows, PANEL), np.float32)[:, :PANEL]  # of the type of y
+    for i in range(op.n_rows):
+        for j in range(n):
+            sums[i, j] = b[j]
     if op.kind == FLOAT32_PRODUCT:
-        float32_product(x, matrix(op.w + 4 * p * op.n_in * PANEL, op.n_in, PANEL), b, y)
+        float32_product(x, matrix(op.w + 4 * p * op.n_in * PANEL, op.n_in, PANEL), sums)
     elif op.kind == INT8_PRODUCT:
-        int8_product(x, *int8_panel(op, p), b, y)
+        int8_product(x, *int8_panel(op, p), sums)
     else:
-        int4_product(x, *int4_panel(op, p), b, y)
+        int4_product(x, *int4_panel(op, p), sums)
+    if n < PANEL:
+        y[:] = sums[:, :n]
 
 
 @njit

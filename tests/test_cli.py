@@ -224,7 +224,7 @@ GPT2_124M, GPT2_1558M, TINY_GPT = 124_439_808, 1_557_611_200, 2_800_000  # param
     ("n_params", "n_prompt_tokens", "n_passes", "n_rows", "expected"),
     [
         *((GPT2_124M, 32, 1, 1, False), (GPT2_124M, 32, 40, 1, False), (GPT2_124M, 5, 900, 1, True)),
-        *((GPT2_124M, 5, 40, 8, True), (GPT2_124M, 1000, 5, 1, False), (GPT2_124M, 100_000, 0, 1, True)),
+        *((GPT2_124M, 5, 60, 8, True), (GPT2_124M, 1000, 5, 1, False), (GPT2_124M, 100_000, 0, 1, True)),
         *((TINY_GPT, 20, 500, 1, False), (TINY_GPT, 20, 100, 8, False), (GPT2_1558M, 5, 200, 1, True)),
     ],
 )

@@ -134,21 +134,21 @@ def test_a_row_has_the_same_bits_beside_any_other_rows(kernel, function, n):
 
 
 @numba.njit
-def tiles_of(x, panel, b, wide, narrow):  # [rows, n_in], [n_in, PANEL], [PANEL] -> wide, narrow: [rows, PANEL]
+def tiles_of(x, panel, wide, narrow):  # [rows, n_in], [n_in, PANEL] -> wide, narrow: [rows, PANEL]
     for i in range(0, x.shape[0], TILE):
-        wide_tile(x, i, panel, 0, b, wide)
+        wide_tile(x, i, panel, 0, wide)
         for j in range(0, PANEL, LANES):
-            narrow_tile(x, i, panel, j, b, narrow)
+            narrow_tile(x, i, panel, j, narrow)
 
 
 @pytest.mark.parametrize("n_rows", [1, 5, 6, 7, 40])
 def test_tiles_for_other_processors_have_the_same_bits(n_rows):
     """Those of one vector are used for many rows where there is no AVX-512."""
-    wide, narrow = np.empty((2, n_rows, PANEL), np.float32)
-    x, panel, b = random(n_rows, 48), random(48, PANEL), random(1, PANEL)[0]
-    tiles_of(x, panel, b, wide, narrow)
+    wide, narrow = np.ones((2, n_rows, PANEL), np.float32)
+    x, panel = random(n_rows, 48), random(48, PANEL)
+    tiles_of(x, panel, wide, narrow)
     np.testing.assert_array_equal(narrow, wide)
-    np.testing.assert_allclose(wide, x @ panel + b, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(wide, x @ panel + 1, rtol=1e-4, atol=1e-4)
 
 
 def test_rows_of_another_length_are_refused():
