@@ -5,10 +5,12 @@ import os
 import re
 import secrets
 import sys
+import threading
 
 from cli.options import discard, parse_count, parse_positive
 from weights.errors import UserError
 
+SECONDS_TO_JOIN = 60  # between the starts of the processes
 OPTIONS = ("devices", "coordinator", "process_id", "n_processes")
 
 
@@ -108,13 +110,24 @@ def start_jax(options):
 def join_processes(jax, options):
     """Connect the processes; let all use the seed of process 0."""
     address = None if options.coordinator == "auto" else options.coordinator
-    try:
-        jax.distributed.initialize(address, options.n_processes, options.process_id, initialization_timeout=60)
-    except (RuntimeError, ValueError) as error:
+    errors = []
+
+    def initialize():
+        timeout = 2 * SECONDS_TO_JOIN  # after which JAX would abort this process
+        try:
+            jax.distributed.initialize(address, options.n_processes, options.process_id, initialization_timeout=timeout)
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=initialize, daemon=True)
+    thread.start()
+    thread.join(SECONDS_TO_JOIN)
+    if thread.is_alive() or errors:
+        reason = errors[0] if errors else f"not all have connected within {SECONDS_TO_JOIN} s"
         raise UserError(
-            f"the processes cannot join at --coordinator {options.coordinator} ({error}); start all within a minute, "
-            "with the same HOST:PORT, which process 0 must be able to open"
-        ) from None
+            f"the processes cannot join at --coordinator {options.coordinator} ({reason}); start all at about the same "
+            "time, with the same HOST:PORT, where process 0 can listen"
+        )
     sys.stdout = open(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115 (stays open)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Gloo reports its connections
     if jax.process_index() > 0:

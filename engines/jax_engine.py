@@ -5,6 +5,7 @@ is compiled once, so there are few: the lengths of prompts and caches are rounde
 masks the positions that a row does not use.
 """
 
+import contextlib
 import functools
 import os
 import sys
@@ -228,6 +229,13 @@ def use_compilation_cache():
         parent = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(parent, "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    folder = jax.config.jax_compilation_cache_dir
+    if "://" not in folder:  # else in a cloud
+        with contextlib.suppress(OSError):
+            os.makedirs(folder, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            jax.config.update("jax_compilation_cache_dir", None)
+            print("note: no folder to keep compiled programs in: set JAX_COMPILATION_CACHE_DIR to one", file=sys.stderr)
 
 
 @functools.cache

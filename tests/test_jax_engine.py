@@ -432,6 +432,9 @@ def test_the_first_compilation_is_announced_and_kept(tmp_path):
     assert first[:2] == second[:2] and first[0] == 0
     assert re.fullmatch(r"note: JAX compiles .*\n", first[2].decode()) and second[2] == b""
     assert [path.name for path in tmp_path.iterdir()] == ["jax"]
+    code, out, err = run(*arguments, env=env | {"JAX_COMPILATION_CACHE_DIR": "/proc/nowhere"})
+    assert (code, out) == first[:2]
+    assert re.fullmatch(r"note: no folder .* JAX_COMPILATION_CACHE_DIR .*\nnote: JAX compiles .*\n", err.decode())
 
 
 # Mistakes
@@ -472,6 +475,17 @@ def test_heads_that_do_not_divide_by_the_devices(tiny_flags):
 
 def test_a_cluster_that_jax_does_not_detect(tiny_flags):
     assert_mistake(run("a", *JAX, *tiny_flags, "--coordinator", "auto"), "cannot join at --coordinator auto")
+
+
+@pytest.mark.parametrize("process_id", ["0", "1"])
+def test_a_process_that_waits_in_vain(tiny_flags, process_id):
+    program = "import sys; from cli import devices, generate; devices.SECONDS_TO_JOIN = 1; sys.exit(generate.run())"
+    distributed = ["--coordinator", f"127.0.0.1:{free_port()}", "--n_processes", "2", "--process_id", process_id]
+    arguments = [sys.executable, "-c", program, "a", *JAX, *tiny_flags, *distributed]
+    done = subprocess.run(arguments, check=False, cwd=ROOT, capture_output=True, timeout=SECONDS)
+    first, _, rest = done.stderr.partition(b"\n")
+    assert_mistake((done.returncode, done.stdout, first + b"\n"), "cannot join", "connected within 1 s", "HOST:PORT")
+    assert process_id == "0" or not rest  # process 0 ends the service, which reports that
 
 
 def test_a_device_that_jax_does_not_have(tiny_flags):
