@@ -36,7 +36,8 @@ def total_loss(ids, params, n_head, context, stride, threads=1, model=None):
     """Return the sum of -log p(token), in nats, over ids[1:], each given the ids before it in its window.
 
     ids: at least two token ids. threads: number of batches of windows evaluated at a time.
-    model: the one of compiled_model() with these params; it has threads of its own and takes one batch at a time.
+    model: the one of compiled_model() or jax_engine() with these params; it has threads of its own and takes one batch
+    at a time.
     Raises ValueError unless 1 <= stride <= context <= the model's context.
     """
     n_ctx, n_vocab = params["wpe"].shape[0], params["wte"].shape[0]
@@ -45,11 +46,12 @@ def total_loss(ids, params, n_head, context, stride, threads=1, model=None):
     ids, n_inputs = np.asarray(ids, dtype=int), len(ids) - 1
     compiled, threads = model is not None, threads if model is None else 1
     model = model or fused.training_model()
+    token_losses = getattr(model, "token_losses", fused.token_losses)  # JAX has its own, on the devices of the logits
     context = min(context, n_inputs)
 
     def batch_loss(windows):
         rows = np.stack([ids[start : start + context + 1] for start, _ in windows])  # -> [batch, context+1]
-        losses = fused.token_losses(model.gpt2(rows[:, :-1], **params, n_head=n_head), rows[:, 1:])
+        losses = np.asarray(token_losses(model.gpt2(rows[:, :-1], **params, n_head=n_head), rows[:, 1:]))
         sums = (np.sum(row[n_skip:], dtype=np.float64) for row, (_, n_skip) in zip(losses, windows, strict=True))
         return sum(map(float, sums))
 

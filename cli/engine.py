@@ -1,9 +1,10 @@
-"""The engine of a run: gpt2.py's NumPy functions, or their compiled counterparts (--engine, --dtype)."""
+"""The engine of a run: gpt2.py's NumPy functions, their compiled counterparts, or JAX (--engine, --dtype)."""
 
 import contextlib
 import sys
 
 import gpt2
+from cli.devices import check_jax_options, start_jax
 from engines.compiled import KernelError, compiled_model, import_kernels, is_installed
 from weights.errors import UserError
 
@@ -19,22 +20,26 @@ def add_engine_options(add):
     """Add --engine and --dtype to a parser. add: its method add_argument."""
     add(
         "--engine",
-        choices=("auto", "numpy", "compiled"),
+        choices=("auto", "numpy", "compiled", "jax"),
         default="auto",
-        help="numpy, or compiled kernels, which need numba; auto takes these if they pay back their start (default)",
+        help="numpy, compiled kernels, which need numba, or jax, which needs JAX; auto takes the compiled kernels if "
+        "they pay back their start, and else numpy (default)",
     )
     add(
         "--dtype",
-        choices=("float32", "int8", "int4"),
+        choices=("float32", "bfloat16", "int8", "int4"),
         default="float32",
-        help="type of the weights (default: float32); int8 and int4 are faster and lossy: the results differ",
+        help="type of the weights (default: float32); bfloat16, with --engine jax, int8 and int4 are faster and lossy: "
+        "the results differ",
     )
 
 
 def check_engine_options(options, speculate="off"):
-    """Raise UserError for options that need the compiled engine without it; note a lossy type of the weights."""
-    lossy = options.dtype != "float32"
-    needs_compiled = f"--dtype {options.dtype}" if lossy else "--speculate self" if speculate == "self" else None
+    """Raise UserError for options that do not suit the engine; note a lossy type of the weights; start JAX."""
+    check_jax_options(options)
+    lossy, needs_compiled = options.dtype != "float32", None
+    if options.engine != "jax":
+        needs_compiled = f"--dtype {options.dtype}" if lossy else "--speculate self" if speculate == "self" else None
     if needs_compiled and options.engine == "numpy":
         raise UserError(f"{needs_compiled} needs the compiled engine; leave out --engine numpy")
     if lossy and speculate == "self":
@@ -43,6 +48,8 @@ def check_engine_options(options, speculate="off"):
         print(f"note: --dtype {options.dtype} is lossy: results differ from those of float32", file=sys.stderr)
     if needs_compiled:
         options.engine = "compiled"
+    if options.engine == "jax":
+        start_jax(options)
     if options.engine == "compiled":
         options.needs_compiled = needs_compiled
         with without(options):
@@ -69,11 +76,15 @@ def pays_off(n_params, n_prompt_tokens, n_passes=0, n_rows=1):
     return n_params * (saved - COPY) > START
 
 
-def model_and_params(options, params, worth_it):
+def model_and_params(options, params, n_head, worth_it):
     """Return the model of --engine and --dtype, and the parameters in its layout.
 
     worth_it: whether auto may take the compiled engine (see pays_off).
     """
+    if options.engine == "jax":
+        from engines.jax_engine import jax_engine
+
+        return jax_engine(params, n_head, options.dtype, options.devices)
     if options.engine == "compiled":
         with without(options):
             return compiled_model(params, options.dtype)

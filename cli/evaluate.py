@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 import gpt2
+from cli.devices import add_device_options
 from cli.engine import add_engine_options, check_engine_options, model_and_params, pays_off, set_threads
 from cli.options import Parser, exit_code, parse_positive, parse_up_to
 from evaluate import total_loss
@@ -43,6 +44,7 @@ def make_parser():
         help="threads (default: number of cores)",
     )
     add_engine_options(add)
+    add_device_options(parser.add_argument_group("devices, with --engine jax").add_argument)
     return parser
 
 
@@ -66,10 +68,10 @@ def evaluate(options):
     if n_scored < 1:
         raise UserError(f"{options.dataset} has {len(ids)} tokens; at least 2 are needed, as the first is not scored")
     worth_it = pays_off(count_params(**hparams), n_scored * context / stride)
-    model, params = model_and_params(options, params, worth_it)
+    model, params = model_and_params(options, params, hparams["n_head"], worth_it)
     if model is gpt2:
         model = None
-    else:
+    elif options.engine != "jax":
         set_threads(options.threads)
     loss = total_loss(ids, params, hparams["n_head"], context, stride, options.threads, model) / n_scored
     if not math.isfinite(loss):

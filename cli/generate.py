@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from cli.devices import add_device_options
 from cli.engine import add_engine_options, check_engine_options
 from cli.options import Parser, exit_code, parse_count, parse_positive, parse_probability, parse_rate
 from cli.session import Session
@@ -32,6 +33,7 @@ def make_parser():
     add_sampling_options(parser.add_argument_group("sampling"))
     add_batch_options(parser.add_argument_group("batches"))
     add_speculative_options(parser.add_argument_group("speculative decoding (the same text, often faster)"))
+    add_device_options(parser.add_argument_group("devices, with --engine jax").add_argument)
     return parser
 
 

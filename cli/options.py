@@ -134,6 +134,9 @@ def run_and_flush(work):
     except RuntimeError as error:
         if "can't start new thread" in str(error):
             raise UserError(f"{error}; lower --threads, or raise the limits of this process") from None
+        if "RESOURCE_EXHAUSTED" in str(error):  # JAX
+            remedy = "set a smaller --batch_size, more --devices or --dtype bfloat16, or choose a smaller model"
+            raise UserError(f"the device has too little memory; {remedy}") from None
         raise
     finally:
         try:

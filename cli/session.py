@@ -46,7 +46,7 @@ class Generator:
         """Choose the engine for this work (see cli.engine.pays_off) and prepare speculative decoding."""
         n_passes = n_continuations * self.options.n_tokens_to_generate / n_rows
         worth_it = pays_off(count_params(**self.hparams), n_prompt_tokens, n_passes, n_rows)
-        self.model, self.params = model_and_params(self.options, self.params, worth_it)
+        self.model, self.params = model_and_params(self.options, self.params, self.n_head, worth_it)
         if self.drafts:
             self.speculation = self.make_speculation()
 
@@ -63,7 +63,8 @@ class Generator:
         """Return the function that chooses the tokens of sample i, counted from 1."""
         options = self.options
         seed = None if options.seed is None else options.seed + i - 1
-        return make_sampler(options.temperature, options.top_k, options.top_p, seed)
+        make = getattr(self.model, "make_sampler", make_sampler)  # JAX samples on its devices
+        return make(options.temperature, options.top_k, options.top_p, seed)
 
     def generate_tokens(self, ids, i):
         """Yield the token ids of sample i one by one."""
@@ -78,6 +79,8 @@ class Generator:
         Raises UserError if the batch does not fit into memory.
         """
         n, batch_size = self.options.n_tokens_to_generate, self.options.batch_size
+        if self.options.engine == "jax":
+            return self.model.generate_batch(requests, self.params, self.n_head, n, batch_size, self.stop_id)
         longest = max((len(ids) for _, ids, _ in requests), default=0)
         self.check_batch(min(batch_size, n_continuations), longest + n)
         return generate_batch(requests, self.params, self.n_head, n, batch_size, self.stop_id, self.model)
@@ -111,7 +114,7 @@ class Generator:
                 f"({self.hparams['n_vocab']} tokens); choose a draft model with the same vocabulary"
             )
         cost = count_params(**hparams) / count_params(**self.hparams)
-        model, params = model_and_params(self.options, params, worth_it=self.model is not gpt2)
+        model, params = model_and_params(self.options, params, hparams["n_head"], self.model is not gpt2)
         return lambda cache, sample: [Draft(params, hparams["n_head"], cost, model)]
 
 

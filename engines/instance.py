@@ -1,5 +1,6 @@
 """Further instances of the module gpt2, whose functions can be replaced without changing gpt2 itself."""
 
+import functools
 import importlib.util
 
 
@@ -14,6 +15,7 @@ def new_instance():
 def recording(function, results):
     """Return a function that calls `function` and appends each of its results to the list `results`."""
 
+    @functools.wraps(function)  # keeps the attributes of a sampler
     def recorded(*args, **kwargs):
         results.append(function(*args, **kwargs))
         return results[-1]

@@ -97,12 +97,13 @@ import sys
 import gpt2, utils, sampling, engines.batching, engines.compiled, engines.speculative, cli.generate, cli.evaluate, train
 sys.argv = sys.argv[1:]
 code = cli.generate.run(sys.argv)
-print(code, [name for name in sys.modules if name.partition(".")[0] in ("numba", "llvmlite")], file=sys.stderr)
+heavy = "numba", "llvmlite", "jax", "jaxlib"
+print(code, [name for name in sys.modules if name.partition(".")[0] in heavy], file=sys.stderr)
 """
 
 
 @pytest.mark.parametrize("options", ["--engine numpy", "--n_tokens_to_generate 1", "--engine numpy --speculate lookup"])
-def test_numba_is_imported_only_for_the_compiled_engine(options):
+def test_numba_and_jax_are_imported_only_for_their_engines(options):
     """auto does without for a short text of a small model."""
     arguments = ["--model_size", "shakespeare", "--models_dir", ROOT / "models", "--n_tokens_to_generate", "8"]
     command = [sys.executable, "-c", IMPORTS, *arguments, *options.split(), "--", "ROMEO:"]

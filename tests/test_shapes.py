@@ -49,6 +49,11 @@ def is_array(values):
     return not any(hasattr(value, "n_past") for value in values)
 
 
+def is_of_jax(value):
+    """Whether it is an array of JAX, or stands for one in a traced function."""
+    return "jax" in sys.modules and isinstance(value, sys.modules["jax"].Array)
+
+
 class Checker:
     """A trace function that checks the comments of one module in every call, and keeps those it has checked."""
 
@@ -62,7 +67,11 @@ class Checker:
         node, inputs, result = self.comments.get(frame.f_code.co_firstlineno, (None, None, None))
         if is_definition := isinstance(node, ast.FunctionDef):
             values = [frame.f_locals[arg.arg] for arg in node.args.args]
-            arrays = [a for a in values if isinstance(a, np.ndarray | tuple) or (isinstance(a, list) and is_array(a))]
+            arrays = [
+                a
+                for a in values
+                if isinstance(a, np.ndarray | tuple) or is_of_jax(a) or (isinstance(a, list) and is_array(a))
+            ]
             for shape, array in zip(inputs, arrays, strict=False):
                 if not isinstance(array, tuple):  # quantized weights
                     self.match(np.shape(array), shape, frame, sizes)
@@ -188,6 +197,22 @@ def test_the_shape_comments_of_compiled_functions_are_true(monkeypatch, name):
             list(batching.generate_batch([(0, [1, 2, 3], [np.argmax] * 2)], laid_out, 4, 3, model=model))
 
     run()
+    assert_comments_are_true(module, run)
+
+
+@pytest.mark.parametrize("name", ["jax_model", "jax_sampling", "jax_engine"])
+def test_the_shape_comments_of_jax_are_true(name):
+    pytest.importorskip("jax").clear_caches()  # else functions that have been traced do not run
+    module, jax_engine = (importlib.import_module(f"engines.{name}") for name in (name, "jax_engine"))
+    params, n_head = nest(random_tensors(TINY), TINY["n_layer"]), TINY["n_head"]
+
+    def run():
+        for dtype, options in (("float32", (1.0, 5, 0.9, 1)), ("bfloat16", ())):
+            engine, on_device = jax_engine.jax_engine(params, n_head, dtype)
+            engine.generate([1, 2, 3], on_device, n_head, 3, sample=engine.make_sampler(*options))
+            logits = engine.gpt2(np.zeros((2, 5), int), **on_device, n_head=n_head)
+            engine.token_losses(logits, np.zeros((2, 5), int))
+
     assert_comments_are_true(module, run)
 
 
