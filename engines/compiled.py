@@ -57,8 +57,12 @@ def import_kernels():
     """Return the modules of the kernels; print a line if what they compile cannot be kept for the next run."""
     set_environment()
     try:
+        import numba
+
         from engines import attention, functions, panels, program, vectors
 
+        if numba.config.DISABLE_JIT:
+            raise RuntimeError("NUMBA_DISABLE_JIT is set")
         for w in np.zeros((2, 3), np.float32), np.zeros((2, 3), np.float32).T:
             panels.packed(w)  # compiled here, so that an error is one line
     except ImportError as error:
@@ -66,7 +70,8 @@ def import_kernels():
             f"the compiled engine needs numba ({error}); pip install numba, or set --engine numpy"
         ) from None
     except Exception as error:  # of numba: a setting in the environment, or a kernel that does not compile here
-        raise KernelError(f"numba cannot compile the kernels ({error}); set --engine numpy") from None
+        reason = str(error) or type(error).__name__
+        raise KernelError(f"numba cannot compile the kernels ({reason}); set --engine numpy") from None
     if vectors.UNCACHED:
         print("note: no folder to keep compiled kernels in: set NUMBA_CACHE_DIR to one", file=sys.stderr)
     return attention, functions, panels, program
@@ -76,7 +81,8 @@ def set_environment():
     """Set what numba and libgomp read when they are loaded, unless the user has set it."""
     if "numba" not in sys.modules:  # numba itself counts the cores of the process's affinity, not those of its cgroup
         wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-        n_threads = int(wanted) if wanted.isdecimal() and int(wanted) else available_cores()
+        n_cores = available_cores()
+        n_threads = min(int(wanted), n_cores) if wanted.isdecimal() and int(wanted) else n_cores
         os.environ.setdefault("NUMBA_NUM_THREADS", str(n_threads))
     # Waiting threads spin for about 0.1 ms, longer than between two passes, and then sleep. By default they spin for
     # several milliseconds, which takes the processor from other programs.

@@ -24,6 +24,7 @@ from engines.program import (
     empty,
     execute,
     parameter,
+    vector_of,
 )
 from engines.vectors import LANES
 
@@ -47,12 +48,12 @@ def linear(x, w, b):  # [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]
     if x.shape[-1] != n_in:
         raise ValueError(f"x has rows of {x.shape[-1]} elements, and w takes {n_in}")
     y, n_rows = empty((*x.shape[:-1], n_out)), x.size // n_in
-    b = b if np.ndim(b) else no_bias(n_out)
+    b = vector_of(b if np.ndim(b) else no_bias(n_out), n_out)
     kind, n_parts = PRODUCTS[w.codes.dtype.type], len(w.codes)
     if n_rows == 1 and kind != FLOAT32_PRODUCT:
         n_parts = -(-n_parts // 2)  # two panels each
-    weight = map(parameter, (w.codes, w.scales, b))
-    execute(kind, n_parts, address(x), *weight, address(y), n_rows, n_in, n_out)
+    arrays = x, parameter(w.codes), parameter(w.scales), b, y
+    execute(kind, n_parts, *map(address, arrays), n_rows, n_in, n_out)
     return y
 
 
@@ -65,8 +66,9 @@ def layer_norm(x, g, b, eps=EPS):  # [..., n], [n], [n] -> [..., n]
     """gpt2.layer_norm."""
     if not is_supported(x) or eps != EPS:
         return gpt2.layer_norm(x, g, b, eps)
-    x, y, n_rows = contiguous(x), empty(x.shape), x.size // x.shape[-1]
-    fields = {"w": parameter(g), "b": parameter(b), "y": address(y), "n_rows": n_rows, "n_in": x.shape[-1]}
+    x, y, n = contiguous(x), empty(x.shape), x.shape[-1]
+    g, b, n_rows = vector_of(g, n), vector_of(b, n), x.size // n
+    fields = {"w": address(g), "b": address(b), "y": address(y), "n_rows": n_rows, "n_in": n}
     execute(NORMALIZE, -(-n_rows // ROWS), address(x), **fields)
     return y
 

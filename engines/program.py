@@ -196,10 +196,17 @@ def address(a):
 
 
 def parameter(a):
-    """Return the address of a parameter, which the program that is being recorded keeps alive."""
+    """Return a parameter, which the program that is being recorded keeps alive."""
     if current.program:
         current.program.params.append(a)
-    return address(a)
+    return a
+
+
+def vector_of(a, n):  # [n] -> [n]
+    """Return a gain or a bias as a parameter, contiguous and float32; raise ValueError unless it has n elements."""
+    if np.shape(a) != (n,):
+        raise ValueError(f"a gain or a bias has shape {np.shape(a)} instead of ({n},)")
+    return parameter(np.ascontiguousarray(a, np.float32))
 
 
 # Recording
@@ -353,8 +360,8 @@ class Replayed:
     """The function gpt2 of an instance of the module, which records the first pass of a shape and replays it later.
 
     What is recorded depends on the parameters and on the shape of the tokens, but not on what the cache holds. All
-    programs use the same memory, so one pass runs at a time. Functions of the instance must be replaced before the
-    first pass.
+    programs use the same memory, so one pass runs at a time. Functions of the instance and entries of the parameters
+    must be replaced before the first pass.
     """
 
     def __init__(self, function):

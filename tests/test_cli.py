@@ -304,6 +304,14 @@ def test_kernels_that_do_not_compile(inside, always_worth_it, monkeypatch):
     assert_mistake(inside("ROMEO:", *SHAKESPEARE, *N_8, "--engine", "compiled"), line)
 
 
+def test_settings_of_numba_and_openmp(tmp_path):
+    """Kernels that are not compiled are an error; more threads than cores are not started."""
+    arguments = "ROMEO:", *SHAKESPEARE, *N_8, "--engine", "compiled"
+    done = run(*arguments, env=os.environ | {"NUMBA_DISABLE_JIT": "1"})
+    assert_mistake(done, "NUMBA_DISABLE_JIT is set", "--engine numpy")
+    assert run(*arguments, env=os.environ | {"OMP_NUM_THREADS": "99999999999"})[0] == 0
+
+
 def test_numba_is_not_imported_for_few_tokens_and_its_error_is_one_line(tmp_path):
     options = {"env": os.environ | {"PYTHONPATH": str(tmp_path)}}
     (tmp_path / "numba.py").write_text("raise SystemExit('imported')", encoding="utf-8")

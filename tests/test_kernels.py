@@ -151,6 +151,17 @@ def test_tiles_for_other_processors_have_the_same_bits(n_rows):
     np.testing.assert_allclose(wide, x @ panel + 1, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("a", [random(96)[::2], random(48)[::-1], random(48).astype(">f4"), random(48).astype(float)])
+def test_gains_and_biases_of_any_strides_and_type(a):
+    """The kernels read contiguous float32 elements."""
+    x, w = random(3, 48), random(48, 48)
+    np.testing.assert_allclose(functions.layer_norm(x, a, a), gpt2.layer_norm(x, a, a), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(functions.linear(x, packed(w), a), gpt2.linear(x, w, a), rtol=1e-4, atol=1e-4)
+    for compiled in (lambda: functions.layer_norm(x, a[:8], a), lambda: functions.linear(x, packed(w), a[:8])):
+        with pytest.raises(ValueError, match=r"\(8,\) instead of \(48,\)"):
+            compiled()
+
+
 def test_rows_of_another_length_are_refused():
     with pytest.raises(ValueError, match=r"48 .* 96"):
         functions.linear(random(3, 48), packed(random(96, 7)), 0)
