@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numba import njit
 
-from engines.kernels import activate, mean_and_scale, normalize, softmax
+from engines.kernels import TILE, activate, mean_and_scale, narrow_tile, normalize, product_of_tile, softmax
 from engines.vectors import LANES, exp, fma, kernel, largest, load, maximum, splat, store, total, zero
 from training import fused
 from training.autograd import fuse
@@ -86,34 +86,18 @@ def layer_norm_backward(dy, x, g, eps=1e-5):  # [..., n], [..., n], [n] -> [...,
 # Attention
 
 
+pair_tile = product_of_tile(2)
+
+
 @njit
 def add_product(a, b, c):  # [m, k], [k, n] -> c: [m, n]
-    """Add a @ b to c, in tiles of 4 rows and 2 vectors; n is a multiple of LANES. Rows beyond the last repeat it."""
-    last, n = a.shape[0] - 1, b.shape[1]
-    for i0 in range(0, last + 1, 4):
-        i1, i2, i3 = min(i0 + 1, last), min(i0 + 2, last), min(i0 + 3, last)
-        for j in range(0, n, 2 * LANES):
-            j1 = min(j + LANES, n - LANES)
-            p0, q0, p1, q1 = load(c, (i0, j)), load(c, (i0, j1)), load(c, (i1, j)), load(c, (i1, j1))
-            p2, q2, p3, q3 = load(c, (i2, j)), load(c, (i2, j1)), load(c, (i3, j)), load(c, (i3, j1))
-            for k in range(b.shape[0]):
-                v, w = load(b, (k, j)), load(b, (k, j1))
-                x = splat(a[i0, k])
-                p0, q0 = fma(x, v, p0), fma(x, w, q0)
-                x = splat(a[i1, k])
-                p1, q1 = fma(x, v, p1), fma(x, w, q1)
-                x = splat(a[i2, k])
-                p2, q2 = fma(x, v, p2), fma(x, w, q2)
-                x = splat(a[i3, k])
-                p3, q3 = fma(x, v, p3), fma(x, w, q3)
-            store(c, (i0, j), p0)
-            store(c, (i0, j1), q0)
-            store(c, (i1, j), p1)
-            store(c, (i1, j1), q1)
-            store(c, (i2, j), p2)
-            store(c, (i2, j1), q2)
-            store(c, (i3, j), p3)
-            store(c, (i3, j1), q3)
+    """Add a @ b to c; n is a multiple of LANES."""
+    n = b.shape[1]
+    for i in range(0, a.shape[0], TILE):
+        for j in range(0, n - LANES, 2 * LANES):
+            pair_tile(a, i, b, j, c)
+        if n % (2 * LANES):
+            narrow_tile(a, i, b, n - LANES, c)
 
 
 @njit
