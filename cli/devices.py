@@ -14,19 +14,27 @@ OPTIONS = ("devices", "coordinator", "process_id", "n_processes")
 
 
 def parse_devices(text):
-    """Parse the number of devices along the axes data and model: 2x4, or 8 for 1x8."""
+    """Parse the number of devices: 8, or, along the axes data and model, 2x4."""
     if not re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5})?", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text[:100]!r} is not a number of devices, such as 8, or 2x4")
-    return tuple(map(int, (text if "x" in text else f"1x{text}").split("x")))
+    return tuple(map(int, text.split("x")))
 
 
-def add_device_options(add):
-    """Add the options to a parser or a group. add: its method add_argument."""
+def mesh_shape(devices, axis):
+    """Return the shape of the mesh, (data, model), for --devices; of one number, the devices lie along that axis."""
+    if devices is None or len(devices) == 2:
+        return devices
+    return (*devices, 1) if axis == "data" else (1, *devices)
+
+
+def add_device_options(add, what="the model"):
+    """Add the options to a parser or a group. add: its method add_argument. what: what N devices shard."""
     add(
         "--devices",
         type=parse_devices,
         metavar="N",
-        help="shard the model over N devices, or as 2x4 a batch over 2 groups of 4 (default: all devices)",
+        help=f"shard {what} over N devices; 2x4: a batch over 2 groups, and the model over the 4 devices of each "
+        "(default: all devices)",
     )
     add(
         "--coordinator",
@@ -41,6 +49,7 @@ def check_jax_options(options):
     """Raise UserError for options that need --engine jax without it, or that exclude it or each other."""
     given = [f"--{name}" for name in OPTIONS if getattr(options, name) is not None]
     given += ["--dtype bfloat16"] * (options.dtype == "bfloat16")
+    given += [f"--{name}" for name in ("remat", "shard_optimizer") if getattr(options, name, False)]
     if options.engine != "jax":
         if given:
             raise UserError(f"{given[0]} needs JAX; set --engine jax")

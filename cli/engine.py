@@ -4,7 +4,7 @@ import contextlib
 import sys
 
 import gpt2
-from cli.devices import check_jax_options, start_jax
+from cli.devices import check_jax_options, mesh_shape, start_jax
 from engines.compiled import KernelError, compiled_model, import_kernels, is_installed
 from weights.errors import UserError
 
@@ -84,7 +84,7 @@ def model_and_params(options, params, n_head, worth_it):
     if options.engine == "jax":
         from engines.jax_engine import jax_engine
 
-        return jax_engine(params, n_head, options.dtype, options.devices)
+        return jax_engine(params, n_head, options.dtype, mesh_shape(options.devices, "model"))
     if options.engine == "compiled":
         with without(options):
             return compiled_model(params, options.dtype)

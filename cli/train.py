@@ -4,10 +4,12 @@ Standard output carries one line at the end, the result; everything else goes to
 """
 
 import argparse
+import contextlib
 import os
 import re
 import sys
 
+from cli import devices
 from cli.options import (
     Parser,
     exit_code,
@@ -19,14 +21,15 @@ from cli.options import (
     parse_up_to,
 )
 from encoder import END_OF_TEXT
-from train import compute_gradients, train
-from training.checkpoint import STATE
-from training.options import ENGINES, MAX_THREADS, PRESETS, Options
-from training.plan import plan_new, plan_resumed, prepare_folder
-from training.report import Report
-from training.trainer import Trainer, functions_of
+from train import train
+from training.checkpoint import STATE, load_checkpoint
+from training.options import DTYPES, ENGINES, MAX_THREADS, PRESETS, Options
+from training.plan import new_options, plan_new, plan_resumed, prepare_folder
+from training.report import NoReport, Report
+from training.trainer import NumpyTrainer
 from weights.errors import UserError
 from weights.lock import hold_lock, new_folder
+from weights.names import load_hparams
 from weights.releases import N_PARAMS
 from weights.resources import available_cores
 from weights.safetensors_file import WEIGHTS
@@ -96,11 +99,14 @@ def make_parser():
         metavar="FILE",
         help="a UTF-8 text file, or tinyshakespeare, which is downloaded",
     )
+    add("--train_bin", metavar="FILES", help="instead of --dataset: GPT-2's tokens in the files of nanoGPT or llm.c")
+    add("--val_bin", metavar="FILES", help="tokens for validation; a pattern such as 'val_*.bin' is several files")
     add("--init_from", metavar="MODEL", help="fine-tune this model (124M, ...); default: scratch, a new model")
     add(
         "--preset",
         choices=PRESETS,
-        help="3min (default) or 1h, the time on two cores; finetune (default with --init_from)",
+        help="3min (default) or 1h, the time on two cores; gpu, 10.6 M parameters; 124M, GPT-2 from scratch, for GPUs; "
+        "finetune (default with --init_from)",
     )
     add("--resume", action="store_true", help="continue from the last save of --name")
     add("--overwrite", action="store_true", help="replace the model --name if it exists")
@@ -110,14 +116,24 @@ def make_parser():
     add(
         "--engine",
         choices=ENGINES,
-        help="numpy, or compiled kernels, which need numba; auto takes these if numba is installed (default)",
+        help="numpy, compiled kernels, which need numba, or jax, for GPUs, which needs JAX; auto takes the compiled "
+        "kernels if numba is installed, and else numpy (default)",
     )
+    add_jax_options(parser.add_argument_group("JAX, with --engine jax"))
     for title, options in TUNABLE.items():
         group = parser.add_argument_group(title)
         for name, (kind, meaning) in options.items():
             values = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": "N"}
             group.add_argument(f"--{name}", **values, help=meaning + describe_defaults(name))
     return parser
+
+
+def add_jax_options(group):
+    add, on_or_off = group.add_argument, {"action": argparse.BooleanOptionalAction}
+    add("--dtype", choices=DTYPES, help="type of products; the parameters are float32 (default: float32)")
+    add("--remat", **on_or_off, help="compute each block again in the backward pass, which saves memory")
+    add("--shard_optimizer", **on_or_off, help="shard AdamW's moments over the groups of devices, too")
+    devices.add_device_options(add, "a batch")
 
 
 def describe_defaults(name):
@@ -138,27 +154,70 @@ def run(argv=None):
 def run_training(given):
     """Train a model. given: dict of the options on the command line. Raises KeyboardInterrupt if Ctrl-C stopped it."""
     resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
+    on = argparse.Namespace(**{name: given.pop(name, None) for name in devices.OPTIONS})
+    devices.check_process_options(on)
     model_dir = os.path.join(given["models_dir"], given["name"])
     check_folder(model_dir, given["name"], resume, overwrite)
+    options = saved_options(model_dir) if resume else new_options({"threads": available_cores()} | given)
+    is_first = start_engine(given.get("engine", options.engine), given, on)
     with new_folder(given["models_dir"] or "."):
         if not resume:
-            plan = plan_new(model_dir, {"threads": available_cores()} | given)
-            print(plan.describe(), file=sys.stderr)
-            with Trainer(plan).threads() as trainer:
-                compute_gradients(trainer)  # a dry run: errors appear before any file is written
-        with lock(model_dir):
-            check_folder(model_dir, given["name"], resume, overwrite)  # again: another process may have trained it
+            plan = plan_new(model_dir, options, given)
+            say(plan.describe(), is_first)
+            trainer = new_trainer(plan, on)
+            with trainer.running():
+                trainer.dry_run()  # errors appear before any file is written
+        with lock(model_dir) if is_first else contextlib.nullcontext():
+            if is_first:
+                check_folder(model_dir, given["name"], resume, overwrite)  # again: another run may have trained it
             if resume:
                 plan = plan_resumed(model_dir, given)
-                functions_of(plan.options.engine)  # an error appears before any file is written
-                print(f"resuming from step {plan.state.step} of {plan.options.max_iters}", file=sys.stderr)
-            prepare_folder(plan)
-            trainer = Trainer(plan)
-            finished = train(trainer, Report(trainer))
+                trainer = new_trainer(plan, on)
+                say(f"resuming from step {plan.state.step} of {plan.options.max_iters}", is_first)
+            if is_first:
+                prepare_folder(plan)
+            finished = train(trainer, Report(trainer) if is_first else NoReport())
     if not finished:
-        print_interruption(plan)
+        say(interruption(plan), is_first)
         raise KeyboardInterrupt
-    print_result(plan)
+    if is_first:
+        print_result(plan)
+
+
+def say(line, is_first):
+    """Print a line on standard error, in one of the processes."""
+    if is_first:
+        print(line, file=sys.stderr)
+
+
+def saved_options(model_dir):
+    return load_checkpoint(model_dir, load_hparams(model_dir))[0]
+
+
+def start_engine(engine, given, on):
+    """Start JAX if that is the engine; return whether this process is the first one, which writes the files.
+
+    on: the options of the devices. Raises UserError for options that need JAX with another engine.
+    """
+    jax_only = {"dtype": "float32", "remat": False, "shard_optimizer": False} | given
+    devices.check_jax_options(argparse.Namespace(**vars(on) | jax_only | {"engine": engine}))
+    if engine != "jax":
+        return True
+    devices.start_jax(on)
+    import jax
+
+    return jax.process_index() == 0
+
+
+def new_trainer(plan, on):
+    """Return the Trainer of the plan's engine. on: the options of the devices."""
+    if plan.options.engine != "jax":
+        return NumpyTrainer(plan)
+    try:
+        from training.jax_trainer import JaxTrainer
+    except ImportError as error:
+        raise UserError(f"training with JAX needs optax ({error}); pip install -r requirements-jax.txt") from None
+    return JaxTrainer(plan, devices.mesh_shape(on.devices, "data"))
 
 
 def check_folder(model_dir, name, resume, overwrite):
@@ -191,11 +250,10 @@ def print_result(plan):
     print(f'try it: python gpt2.py "A prompt" {arguments} --temperature 0.8 --top_k 40', file=sys.stderr)
 
 
-def print_interruption(plan):
-    print(
+def interruption(plan):
+    return (
         f"stopped at step {plan.state.step} of {plan.options.max_iters} and saved; resume with: "
-        f"python train.py {plan.options.model_arguments('--name')} --resume",
-        file=sys.stderr,
+        f"python train.py {plan.options.model_arguments('--name')} --resume"
     )
 
 

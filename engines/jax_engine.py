@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from engines.batching import new_rows
-from engines.jax_model import KVCache, jax_model, make_mesh, sharded
+from engines.jax_model import KVCache, jax_model, make_mesh, sharded, token_losses
 from engines.jax_sampling import Sampler, choose
 from weights.resources import check_memory
 
@@ -215,12 +215,6 @@ class Batch:
 def enlarge(kv, n_max):
     """Return the keys and values with room for n_max positions."""
     return jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, n_max - a.shape[2]), (0, 0))), kv)
-
-
-def token_losses(logits, targets):  # [b, n_seq, n_vocab], [b, n_seq] -> [b, n_seq]
-    """Return -log softmax(logits)[target] of every position, in nats."""
-    of_targets = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]  # -> [b, n_seq]
-    return jax.nn.logsumexp(logits, axis=-1) - of_targets
 
 
 def use_compilation_cache():

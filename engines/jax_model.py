@@ -54,6 +54,11 @@ def by_head(w, n_head):  # [..., n] -> [..., n]
     return w.reshape(*w.shape[:-1], 3, n_head, -1).swapaxes(-3, -2).reshape(w.shape)
 
 
+def by_part(w, n_head):  # [..., n] -> [..., n]
+    """The inverse of by_head."""
+    return w.reshape(*w.shape[:-1], n_head, 3, -1).swapaxes(-3, -2).reshape(w.shape)
+
+
 # The functions that differ from gpt2.py's
 
 
@@ -104,6 +109,13 @@ def write(cached, new, n_past):  # [b, h, n_max, d], [b, h, n_seq, d], [b, 1] ->
     return jax.vmap(write_row)(cached, new, n_past[:, 0])
 
 
+def token_losses(logits, targets):  # [b, n_seq, n_vocab], [b, n_seq] -> [b, n_seq]
+    """Return -log softmax(logits)[target] of every position, in nats."""
+    logits = logits.astype(jnp.float32)
+    of_targets = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]  # -> [b, n_seq]
+    return jax.nn.logsumexp(logits, axis=-1) - of_targets
+
+
 # The devices
 
 
@@ -133,18 +145,45 @@ def make_mesh(params, n_head, shape=None):
     return Mesh(np.array(devices[:n_devices]).reshape(shape), ("data", "model"))
 
 
-def sharded(params, n_head, mesh, dtype="float32"):
-    """Return the params in the layout of jax_model(n_head, dtype), on the devices of the mesh."""
+def layer_and_name(path):
+    """Return the last two names of a tensor's path in the nested params: ("c_attn", "w"), or ("", "wte")."""
+    return ["", *(key.key for key in path if isinstance(key, jax.tree_util.DictKey))][-2:]
+
+
+def shardings(params, mesh, over_data=False):
+    """Return the NamedSharding of each of the params, nested like them.
+
+    over_data: shard along `data`, too, as ZeRO does with the optimizer's state (Rajbhandari et al. 2020, section 5.1).
+    """
+
+    def of_tensor(path, tensor):
+        layer, name = layer_and_name(path)
+        spec = SHARDED.get(layer, {}).get(name, PartitionSpec())
+        return NamedSharding(mesh, with_data(spec, tensor.shape, mesh.shape["data"]) if over_data else spec)
+
+    return jax.tree_util.tree_map_with_path(of_tensor, params)
+
+
+def with_data(spec, shape, n_data):
+    """Return a PartitionSpec with `data` for the largest axis that is not sharded and divides by n_data, if any."""
+    axes = [*spec, *[None] * (len(shape) - len(spec))]
+    free = [i for i, axis in enumerate(axes) if axis is None and shape[i] % n_data == 0]
+    if free:
+        axes[max(free, key=lambda i: shape[i])] = "data"
+    return PartitionSpec(*axes)
+
+
+def sharded(params, n_head, mesh, dtype="float32", over_data=False):
+    """Return the params in the layout of jax_model(n_head, dtype), on the devices of the mesh (see shardings)."""
     if mesh.devices.flat[0].platform == "cpu":
         n_bytes = sum(x.size for x in jax.tree.leaves(params)) * jnp.dtype(dtype).itemsize
         n_copies = mesh.local_mesh.shape["data"]  # of most of the weights
         check_memory(f"a copy of the weights in {dtype}", n_copies * n_bytes, "leave out --engine jax")
 
-    def put(path, tensor):
-        layer, name = ["", *(key.key for key in path if isinstance(key, jax.tree_util.DictKey))][-2:]
+    def put(path, tensor, sharding):
+        layer, name = layer_and_name(path)
         tensor = by_head(tensor, n_head) if layer == "c_attn" else tensor
         tensor = tensor.astype(dtype) if name in ("w", "wte") else tensor
-        sharding = NamedSharding(mesh, SHARDED.get(layer, {}).get(name, PartitionSpec()))
         return jax.make_array_from_callback(tensor.shape, sharding, lambda index: tensor[index])
 
-    return jax.tree_util.tree_map_with_path(put, params)
+    return jax.tree_util.tree_map_with_path(put, params, shardings(params, mesh, over_data))

@@ -1,10 +1,11 @@
 """Data sets: read a text, learn a vocabulary from it, encode it, and take batches of its token ids.
 
-train.bin and val.bin hold token ids as little-endian uint16 without a header, the format of nanoGPT. They are
-memory-mapped.
+train.bin and val.bin hold token ids as little-endian uint16 without a header, the format of nanoGPT; llm.c's files have
+a header. They are memory-mapped.
 """
 
 import codecs
+import glob
 import itertools
 import os
 import sys
@@ -24,6 +25,7 @@ TINYSHAKESPEARE = (  # Karpathy's file of Shakespeare's plays: URL, bytes, sha25
 )
 N_BYTES, N_IDS = 256, 2**16
 LLM_C_VALIDATION = 32_768  # tokens
+LLM_C_MAGIC, LLM_C_HEADER = (20240520, 1), 256  # its first int32 numbers, and their number
 
 
 def read_dataset(dataset, data_dir):
@@ -131,6 +133,52 @@ def open_tokens(path, n_vocab, n_tokens):
     return ids
 
 
+class TokenFiles:
+    """The tokens of one or several files of nanoGPT or llm.c, one after another; a slice of it is an array.
+
+    pattern: a path with wildcards, such as fineweb_train_*.bin; the files are in the order of their names.
+    n_vocab: the ids are checked against it when they are read, because checking a file reads all of it.
+    Raises UserError if there is no file, CorruptFile for one that is damaged.
+    """
+
+    def __init__(self, pattern, n_vocab):
+        self.pattern, self.n_vocab = pattern, n_vocab
+        self.paths = sorted(glob.glob(os.path.expanduser(pattern)))
+        if not self.paths:
+            raise UserError(f"no token file {pattern!r}; give the path of a file, or of several as a pattern with *")
+        self.files = [map_tokens(path) for path in self.paths]
+        self.ends = np.cumsum([len(ids) for ids in self.files])
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, chosen):
+        start, stop, _ = chosen.indices(len(self))
+        parts = []
+        while start < stop:
+            i = int(np.searchsorted(self.ends, start, side="right"))
+            before = int(self.ends[i]) - len(self.files[i])
+            parts.append(self.files[i][start - before : stop - before])
+            start += len(parts[-1])
+            if (largest := int(parts[-1].max())) >= self.n_vocab:
+                raise CorruptFile(self.paths[i], f"token id {largest} in a vocabulary of {self.n_vocab}")
+        return np.concatenate(parts)
+
+
+def map_tokens(path):
+    """Return the ids of a file of nanoGPT, or of llm.c with its header, as a memory-mapped array."""
+    mapped = map_file(path)
+    header = np.frombuffer(mapped, "<i4", min(LLM_C_HEADER, len(mapped) // 4))
+    if len(mapped) % 2:
+        raise CorruptFile(path, f"{len(mapped)} bytes, an odd number; ids have 2 bytes each")
+    if tuple(header[:2]) != LLM_C_MAGIC:
+        return np.frombuffer(mapped, "<u2")
+    n_tokens, n_bytes = int(header[2]), len(mapped) - header.nbytes
+    if len(header) < LLM_C_HEADER or n_bytes != 2 * n_tokens:
+        raise CorruptFile(path, f"{n_bytes} bytes after the header, expected {2 * n_tokens} for {n_tokens} ids")
+    return np.frombuffer(mapped, "<u2", offset=header.nbytes)
+
+
 def check_length(n_train, n_val, block_size, unit="tokens"):
     """Raise UserError unless both splits have at least one window of block_size inputs and the target of the last."""
     shorter = min(n_train, n_val)
@@ -142,23 +190,32 @@ def check_length(n_train, n_val, block_size, unit="tokens"):
         )
 
 
+def random_starts(tokens, rng, batch_size, block_size):  # [n] -> [batch]
+    """Return random positions where windows of block_size inputs, and one more target, can start."""
+    return rng.integers(0, len(tokens) - block_size, batch_size)
+
+
+def even_starts(tokens, n_windows, block_size):  # [n] -> [n_windows]
+    """Return evenly spaced starts of windows that do not overlap; fewer than n_windows if the text is too short."""
+    last = len(tokens) - 1 - block_size
+    return np.linspace(0, last, min(n_windows, 1 + last // block_size)).astype(int)
+
+
+def windows(tokens, starts, block_size):  # [n], [n_windows] -> [n_windows, n_seq+1]
+    """Return the block_size tokens from each start on, and the token after them."""
+    return np.stack([tokens[i : i + block_size + 1] for i in starts]).astype(int)
+
+
+def inputs_and_targets(windows):  # [..., n_seq+1] -> [..., n_seq], [..., n_seq]
+    """Return the inputs, all tokens but the last, and the token that follows each of them."""
+    return windows[..., :-1], windows[..., 1:]
+
+
 def random_windows(tokens, rng, batch_size, block_size):  # [n] -> [batch, n_seq], [batch, n_seq]
-    """Return batch_size windows of block_size tokens that start at random positions, and the target of each token."""
-    starts = rng.integers(0, len(tokens) - block_size, batch_size)
-    return inputs_and_targets(tokens, starts, block_size)
+    """Return the inputs and targets of random windows."""
+    return inputs_and_targets(windows(tokens, random_starts(tokens, rng, batch_size, block_size), block_size))
 
 
 def even_windows(tokens, n_windows, block_size):  # [n] -> [n_windows, n_seq], [n_windows, n_seq]
-    """Return windows that start at evenly spaced positions, and their targets.
-
-    Windows do not overlap; there are fewer than n_windows if the text is too short.
-    """
-    last = len(tokens) - 1 - block_size
-    n_windows = min(n_windows, 1 + last // block_size)
-    return inputs_and_targets(tokens, np.linspace(0, last, n_windows).astype(int), block_size)
-
-
-def inputs_and_targets(tokens, starts, block_size):
-    """Return the block_size tokens from each start on, and the tokens that follow each of them."""
-    ids = np.stack([tokens[i : i + block_size + 1] for i in starts]).astype(int)
-    return ids[:, :-1], ids[:, 1:]
+    """Return the inputs and targets of evenly spaced windows."""
+    return inputs_and_targets(windows(tokens, even_starts(tokens, n_windows, block_size), block_size))

@@ -11,11 +11,11 @@ from weights.names import nest
 def lm_loss(params, inputs, targets, n_head, model=gpt2):  # dict, [batch, n_seq], [batch, n_seq] -> scalar
     """Return the mean cross-entropy of the model's predictions, in nats per token; a Tensor if params has Tensors.
 
-    model: the module gpt2, gpt2_pico (one sequence only), or fused.training_model(), which has dropout and hand-written
-    backward passes.
+    model: the module gpt2, gpt2_pico (one sequence only), or an instance of gpt2 for training, which has dropout:
+    training_model() of fused.py, kernels.py or jax_model.py.
     """
     cross_entropy = getattr(model, "cross_entropy", fused.cross_entropy)
-    return cross_entropy(model.gpt2(inputs, **params, n_head=n_head), np.asarray(targets))
+    return cross_entropy(model.gpt2(inputs, **params, n_head=n_head), model.np.asarray(targets))
 
 
 def loss_and_gradients(tensors, hparams, inputs, targets, model=gpt2, weight=1.0):

@@ -32,9 +32,13 @@ def keeps_scores(options, hparams):
 
 def check_training_memory(options, hparams):
     """Raise UserError if a step needs more memory than is available; the message names the options to lower."""
-    n_layer = hparams["n_layer"]
+    n_layer, n_params = hparams["n_layer"], count_params(**hparams)
+    if options.engine == "jax":  # the activations are on the devices
+        return check_memory(
+            f"a copy of {n_params} parameters and their moments", 3 * FLOAT * n_params, "choose a smaller model"
+        )
     n_bytes = training_bytes(
-        count_params(**hparams),
+        n_params,
         n_layer,
         n_tokens=options.batch_size * options.block_size,
         n_outputs=n_layer * 18 * hparams["n_embd"] + 2 * hparams["n_vocab"],  # 9 per layer are linear's, 4 are gelu's

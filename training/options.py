@@ -8,7 +8,7 @@ from training.fields import Count, Fraction, Positive, PositiveRate, Rate
 
 SHARD_TOKENS = 256  # minimum per shard; below it, adding up gradients costs more time than another thread saves
 MAX_THREADS = 1024
-ENGINES = ("auto", "numpy", "compiled")
+ENGINES, DTYPES = ("auto", "numpy", "compiled", "jax"), ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +18,10 @@ class Options:
     # Files
     name: str  # the model's folder under models_dir
     models_dir: str = "models"
-    dataset: str  # path of a text file, or "tinyshakespeare"
+    dataset: str | None = None  # path of a text file, or "tinyshakespeare"
     data_dir: str = "data"  # where tinyshakespeare is downloaded to
+    train_bin: str | None = None  # in place of a dataset: token files, such as data/train_*.bin
+    val_bin: str | None = None
     init_from: str = "scratch"  # or the name of the pretrained model to fine-tune
 
     # The model; None if it is fine-tuned, because the pretrained model determines them
@@ -52,8 +54,12 @@ class Options:
     eval_interval: Positive = 250  # steps
     eval_iters: Positive = 20  # batches per split
 
+    # The engine. What follows threads is for "jax"
     engine: Annotated[str, lambda name: name in ENGINES] = "auto"
     threads: Annotated[int, lambda n: 1 <= n <= MAX_THREADS] = 1
+    dtype: Annotated[str, lambda name: name in DTYPES] = "float32"  # of products; the parameters are float32
+    remat: bool = False  # whether to compute each block again in the backward pass, which saves memory
+    shard_optimizer: bool = False  # whether to shard AdamW's moments over the data-parallel devices
 
     @property
     def schedule(self):
@@ -77,7 +83,10 @@ class Options:
 
 
 MODEL_OPTIONS = ("n_layer", "n_head", "n_embd", "tokenizer", "vocab_size")  # None if the model is fine-tuned
-FIXED_OPTIONS = (*MODEL_OPTIONS, "init_from", "dataset", "layout", "block_size", "seed")  # cannot change on --resume
+FIXED_OPTIONS = (  # cannot change on --resume
+    *MODEL_OPTIONS,
+    *("init_from", "dataset", "train_bin", "val_bin", "layout", "block_size", "seed"),
+)
 
 SCRATCH = {
     "tokenizer": "bpe",
@@ -91,6 +100,26 @@ PRESETS = {
     "3min": SCRATCH
     | {"n_layer": 4, "n_head": 4, "n_embd": 128, "learning_rate": 4e-3, "dropout": 0.0, "max_iters": 1000},
     "1h": SCRATCH | {"n_layer": 6, "n_head": 6, "n_embd": 192, "dropout": 0.2, "max_iters": 7000},
+    "gpu": SCRATCH
+    | {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 64, "learning_rate": 1e-3}
+    | {"dropout": 0.2, "max_iters": 3000, "engine": "jax", "dtype": "bfloat16"},
+    "124M": {  # llm.c's scripts/run_gpt2_124M.sh: 18,865 steps of 2**19 tokens
+        "n_layer": 12,
+        "n_head": 12,
+        "n_embd": 768,
+        "tokenizer": "gpt2",
+        "block_size": 1024,
+        "batch_size": 32,
+        "gradient_accumulation_steps": 16,
+        "learning_rate": 6e-4,
+        "min_lr": 0.0,
+        "warmup_iters": 700,
+        "beta2": 0.95,
+        "dropout": 0.0,
+        "max_iters": 18_865,
+        "engine": "jax",
+        "dtype": "bfloat16",
+    },
     "finetune": {
         "block_size": 256,
         "batch_size": 4,

@@ -18,6 +18,7 @@ from training.checkpoint import STATE, State, load_checkpoint
 from training.dataset import (
     N_BYTES,
     N_IDS,
+    TokenFiles,
     check_length,
     encode_splits,
     open_tokens,
@@ -33,12 +34,13 @@ from training.options import FIXED_OPTIONS, MODEL_OPTIONS, PRESETS, Options
 from training.report import LOG, PICTURE, truncate_log
 from utils import check_vocabulary, load_encoder_hparams_and_params, load_gpt2_encoder
 from weights.download import size_of
-from weights.errors import UserError
+from weights.errors import CorruptFile, UserError
 from weights.files import atomic_write, remove_leftovers
 from weights.names import count_params, flatten, load_hparams, read_hparams, tensor_shapes
 from weights.resources import check_space
 from weights.safetensors_file import WEIGHTS, load_params, save_params
 
+SOME_TOKENS = 100_000  # of token files, decoded to find the characters per token
 # Files of a model that is replaced; encoder.json, for example, would be read in place of the new vocab.json.
 STALE = (STATE, LOG, PICTURE, WEIGHTS, "config.json", "encoder.json", "vocab.bpe", "tokenizer.json")
 
@@ -74,13 +76,13 @@ def new_optimizer(tensors, options):
 # A new run
 
 
-def plan_new(model_dir, given):
-    """Return the Plan of a new model, from scratch or fine-tuned. given: dict of the options on the command line.
+def plan_new(model_dir, options, given):
+    """Return the Plan of a new model, from scratch or fine-tuned.
 
+    options: those of new_options(given). given: dict of the options on the command line.
     Raises UserError for a mistake in the options, the data set or the pretrained model.
     """
-    options = resolve(given)
-    text = read_dataset(options.dataset, options.data_dir)
+    text = None if options.train_bin else read_dataset(options.dataset, options.data_dir)
     if options.init_from == "scratch":
         encoder = new_encoder(options, text)
         hparams = {"n_vocab": len(encoder.encoder), "n_ctx": options.block_size}
@@ -90,7 +92,7 @@ def plan_new(model_dir, given):
         if "block_size" not in given:
             options = dataclasses.replace(options, block_size=min(options.block_size, hparams["n_ctx"]))
         check_fine_tuning(options, encoder, hparams)
-    data, val_chars = encode_data(text, encoder, options)
+    data, val_chars_per_token = new_data(text, encoder, hparams, options)
     freed = sum(size_of(os.path.join(model_dir, name)) for name in STALE)
     # training.safetensors (3 arrays per parameter), its successor until it replaces it (3), model.safetensors (1)
     check_space(model_dir, 7 * 4 * count_params(**hparams) - freed)
@@ -100,13 +102,15 @@ def plan_new(model_dir, given):
     else:
         tensors = {name: np.array(tensor) for name, tensor in flatten(params, hparams).items()}  # writable copies
     n_tokens = {split: len(ids) for split, ids in data.items()}
-    state = State(tokens=n_tokens, val_chars_per_token=val_chars / n_tokens["val"])
+    state = State(tokens=n_tokens, val_chars_per_token=val_chars_per_token)
     return Plan(model_dir, options, state, encoder, hparams, new_optimizer(tensors, options), data)
 
 
-def resolve(given):
+def new_options(given):
     """Return the Options: those given, the preset's for the others. Raises UserError if they contradict each other."""
-    if "dataset" not in given:
+    if "train_bin" in given or "val_bin" in given:
+        check_token_files(given)
+    elif "dataset" not in given:
         raise UserError("--dataset is missing: give the path of a text file, or tinyshakespeare")
     fine_tunes = given.get("init_from", "scratch") != "scratch"
     preset = given.get("preset", "finetune" if fine_tunes else "3min")
@@ -118,7 +122,8 @@ def resolve(given):
         )
     if fine_tunes and (extra := [name for name in MODEL_OPTIONS if name in given]):
         raise UserError(f"--{extra[0]} is determined by {given['init_from']}; leave it out")
-    options = Options(**known_fields(Options, PRESETS[preset] | given))
+    tokens = {"tokenizer": "gpt2", "vocab_size": None} if "train_bin" in given and not fine_tunes else {}
+    options = Options(**known_fields(Options, PRESETS[preset] | tokens | given))
     if "vocab_size" in given and options.tokenizer != "bpe":
         raise UserError(
             f"--vocab_size is for --tokenizer bpe; the vocabulary of {options.tokenizer} is fixed, so leave it out"
@@ -129,6 +134,17 @@ def resolve(given):
             f"--n_embd {options.n_embd} is not a multiple of --n_head {options.n_head}; --n_embd {nearest} is"
         )
     return options
+
+
+def check_token_files(given):
+    """Raise UserError unless the options for token files are complete and suit the others."""
+    missing = [name for name in ("train_bin", "val_bin") if name not in given]
+    if missing:
+        raise UserError(f"--{missing[0]} is missing: --train_bin and --val_bin give the tokens of both splits")
+    excluded = [name for name in ("dataset", "layout", "vocab_size") if name in given]
+    excluded += ["tokenizer"] * (given.get("tokenizer", "gpt2") != "gpt2")
+    if excluded:
+        raise UserError(f"--{excluded[0]} does not work with --train_bin, which has tokens of GPT-2; leave it out")
 
 
 def new_encoder(options, text):
@@ -150,11 +166,24 @@ def check_fine_tuning(options, encoder, hparams):
         raise UserError(f"the vocabulary of {model} has no {END_OF_TEXT} to put before sections; use --layout plain")
 
 
-def encode_data(text, encoder, options):
-    """Return the token ids by split, as uint16 arrays, and the number of characters of the validation text."""
+def new_data(text, encoder, hparams, options):
+    """Return the token ids by split, as uint16 arrays, and the number of characters per token for validation.
+
+    text: that of the dataset; None with token files.
+    """
+    if options.train_bin:
+        data = open_token_files(options, hparams["n_vocab"])
+        check_length(len(data["train"]), len(data["val"]), options.block_size)
+        some = data["val"][:SOME_TOKENS]
+        return data, len(encoder.decode(some.tolist())) / len(some)
     train_ids, val_ids, val_chars = encode_splits(text, encoder, options.layout)
     check_length(len(train_ids), len(val_ids), options.block_size)
-    return {"train": np.array(train_ids, np.uint16), "val": np.array(val_ids, np.uint16)}, val_chars
+    data = {"train": np.array(train_ids, np.uint16), "val": np.array(val_ids, np.uint16)}
+    return data, val_chars / len(val_ids)
+
+
+def open_token_files(options, n_vocab):
+    return {"train": TokenFiles(options.train_bin, n_vocab), "val": TokenFiles(options.val_bin, n_vocab)}
 
 
 # A resumed run
@@ -190,10 +219,17 @@ def plan_resumed(model_dir, given):
             f"{model_dir}: the vocabulary has {len(encoder.encoder)} tokens, but the model has {hparams['n_vocab']}; "
             "put the right vocabulary there"
         )
-    return Plan(model_dir, options, state, encoder, hparams, optimizer, open_data(model_dir, hparams, state))
+    return Plan(model_dir, options, state, encoder, hparams, optimizer, open_data(model_dir, options, hparams, state))
 
 
-def open_data(model_dir, hparams, state):
+def open_data(model_dir, options, hparams, state):
+    """Return the token ids by split, from the files that the model is trained on; CorruptFile if they have changed."""
+    if options.train_bin:
+        data = open_token_files(options, hparams["n_vocab"])
+        for split, tokens in data.items():
+            if len(tokens) != state.tokens[split]:
+                raise CorruptFile(tokens.pattern, f"{len(tokens)} tokens, {state.tokens[split]} when the run began")
+        return data
     paths = {split: os.path.join(model_dir, f"{split}.bin") for split in ("train", "val")}
     return {split: open_tokens(path, hparams["n_vocab"], state.tokens[split]) for split, path in paths.items()}
 
@@ -218,9 +254,10 @@ def prepare_folder(plan):
     with atomic_write(os.path.join(plan.model_dir, "hparams.json")) as f:
         f.write(json.dumps(plan.hparams).encode("utf-8"))
     save_encoder(plan.encoder, plan.model_dir)
-    for split, ids in plan.data.items():
-        save_tokens(os.path.join(plan.model_dir, f"{split}.bin"), ids)
-    plan.data = open_data(plan.model_dir, plan.hparams, plan.state)
+    if not plan.options.train_bin:
+        for split, ids in plan.data.items():
+            save_tokens(os.path.join(plan.model_dir, f"{split}.bin"), ids)
+        plan.data = open_data(plan.model_dir, plan.options, plan.hparams, plan.state)
 
 
 def restore_best_model(plan):

@@ -96,6 +96,15 @@ class Report:
         save_figure(figure, os.path.join(self.model_dir, PICTURE), "choose another --models_dir")
 
 
+class NoReport(contextlib.nullcontext):
+    """The Report of the processes that write no files."""
+
+    def say(self, *_):
+        pass
+
+    log = show_step = show_evaluation = say
+
+
 def read_log(model_dir, last_step=math.inf):
     """Return the lines of log.jsonl up to last_step, as dicts. Lines that a crash cut off or damaged are skipped."""
     path, lines = os.path.join(model_dir, LOG), []
