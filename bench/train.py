@@ -24,7 +24,7 @@ from training.checkpoint import State
 from training.initialization import gpt2_deviation, initial_tensors
 from training.options import PRESETS, Options
 from training.plan import Plan, new_optimizer
-from training.trainer import Trainer
+from training.trainer import NumpyTrainer
 from weights.names import tensor_shapes
 
 THREADS, WARM_UP, UNTIL_EXIT = 2, 3, contextlib.ExitStack()
@@ -44,8 +44,8 @@ def our_step(hparams, chosen):
     options = Options(name="bench", dataset="random", **options)
     tensors = initial_tensors(tensor_shapes(**hparams), 0, gpt2_deviation(hparams["n_layer"]))
     state = State(tokens={"train": 9999}, val_chars_per_token=1.0)
-    trainer = Trainer(Plan("", options, state, None, hparams, new_optimizer(tensors, options), data))
-    UNTIL_EXIT.enter_context(trainer.threads())
+    trainer = NumpyTrainer(Plan("", options, state, None, hparams, new_optimizer(tensors, options), data))
+    UNTIL_EXIT.enter_context(trainer.running())
     return lambda: train_step(trainer)
 
 

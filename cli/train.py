@@ -203,6 +203,9 @@ def start_engine(engine, given, on):
     devices.check_jax_options(argparse.Namespace(**vars(on) | jax_only | {"engine": engine}))
     if engine != "jax":
         return True
+    name = "--xla_gpu_exclude_nondeterministic_ops"  # a resumed run continues bit for bit
+    if name not in (flags := os.environ.get("XLA_FLAGS", "")):
+        os.environ["XLA_FLAGS"] = f"{flags} {name}=true"
     devices.start_jax(on)
     import jax
 

@@ -258,19 +258,19 @@ def test_without_matplotlib_there_is_no_plot(run, folder, monkeypatch):
 
 
 def new_trainer(**options):
-    """A Trainer of a small model, without a folder."""
+    """A NumpyTrainer of a small model, without a folder."""
     ids = np.random.default_rng(0).integers(0, TWO_LAYERS["n_vocab"], 999, dtype=np.uint16)
     chosen = PRESETS["3min"] | {"block_size": 16, "batch_size": 4, "threads": 1, "dropout": 0.0} | options
     options, tensors = Options(name="new", dataset="random", **chosen), new_tensors(TWO_LAYERS)
     state = State(tokens={"train": len(ids)}, val_chars_per_token=1.0)
-    return trainer.Trainer(Plan("", options, state, None, TWO_LAYERS, new_optimizer(tensors, options), {"train": ids}))
+    return trainer.NumpyTrainer(Plan("", options, state, None, TWO_LAYERS, new_optimizer(tensors, options), {"train": ids}))
 
 
 def test_dropout_acts_in_training_and_not_in_evaluation_and_the_largest_is_finite():
     evaluated, losses = set(), set()
     for p in (0.0, 0.5, 0.9999999):
-        with new_trainer(dropout=p).threads() as of:
-            loss, found, _ = train.compute_gradients(of)
+        with new_trainer(dropout=p).running() as of:
+            loss, found, _ = of.compute_gradients()
             losses.add(loss)
             evaluated.add(of.estimate_loss("train"))
         assert all(np.all(np.isfinite(gradient)) for gradient in found.values())
@@ -284,8 +284,8 @@ def test_gradients_of_accumulated_batches_and_shards_are_those_of_all_windows_at
     of = new_trainer(gradient_accumulation_steps=3, threads=threads)
     of.state.step = 7
     assert of.n_shards == threads
-    with of.threads():
-        loss, found, norm = train.compute_gradients(of)
+    with of.running():
+        loss, found, norm = of.compute_gradients()
     data = of.plan.data["train"]
     batches = [dataset.random_windows(data, np.random.default_rng([1337, 7, i]), 4, 16) for i in range(3)]
     inputs, targets = (np.concatenate(parts) for parts in zip(*batches, strict=True))
@@ -301,9 +301,9 @@ def test_every_step_batch_and_shard_has_random_numbers_of_its_own(monkeypatch):
     windows, masks, sample, mask = [], [], dataset.random_windows, fused.Dropout.mask
     monkeypatch.setattr(trainer, "random_windows", lambda *args: windows.append(sample(*args)) or windows[-1])
     monkeypatch.setattr(fused.Dropout, "mask", lambda self, shape: masks.append(mask(self, shape)) or masks[-1])
-    with of.threads():
+    with of.running():
         for of.state.step in (0, 1):
-            train.compute_gradients(of)
+            of.compute_gradients()
     assert len({inputs.tobytes() for inputs, _ in windows}) == 2 * 2
     assert len({m.tobytes() for m in masks}) == len(masks) == 2 * 2 * 2 * (1 + 3 * TWO_LAYERS["n_layer"])
 
@@ -750,7 +750,7 @@ from training.checkpoint import State
 from training.initialization import gpt2_deviation, initial_tensors
 from training.options import Options
 from training.plan import Plan, new_optimizer
-from training.trainer import Trainer, functions_of
+from training.trainer import NumpyTrainer, functions_of
 from weights.names import tensor_shapes
 
 def memory(name):
@@ -763,7 +763,7 @@ before = memory("VmRSS")
 optimizer = new_optimizer(initial_tensors(tensor_shapes(**hparams), 0, gpt2_deviation(hparams["n_layer"])), options)
 data = {"train": np.arange(999, dtype=np.uint16) % 99}
 state = State(tokens={}, val_chars_per_token=1.0)
-with Trainer(Plan("", options, state, None, hparams, optimizer, data)).threads() as of:
+with NumpyTrainer(Plan("", options, state, None, hparams, optimizer, data)).running() as of:
     for _ in range(2):  # the moments take memory from the first update on
         train_step(of)
 print(memory("VmHWM") - before)

@@ -14,7 +14,7 @@ import optax
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import NamedSharding, PartitionSpec
 
-from engines.jax_model import by_part, make_mesh, sharded, token_losses
+from engines.jax_model import by_part, make_mesh, sharded, shardings, token_losses
 from training.dataset import even_starts, inputs_and_targets, random_starts, windows
 from training.jax_model import training_model
 from training.loss import lm_loss
@@ -49,11 +49,10 @@ class JaxTrainer(Trainer):
     def put_on_devices(self):
         """Copy the parameters and the optimizer's state of the Plan to the devices, as self.on_devices."""
         put = functools.partial(sharded, n_head=self.n_head, mesh=self.mesh)
-        params = put(self.params)
-        mu, nu = (
-            put(nest(moments, self.n_layer), over_data=self.options.shard_optimizer)
-            for moments in (self.optimizer.m, self.optimizer.v)
-        )
+        params, zero = put(self.params), self.options.shard_optimizer
+        self.like_moments = shardings(self.params, self.mesh, over_data=zero)
+        moments = self.optimizer.m, self.optimizer.v
+        mu, nu = (put(nest(tensors, self.n_layer), over_data=zero) for tensors in moments)
         state = jax.eval_shape(self.adamw(0.0).init, params)
         count = jax.device_put(np.int32(self.optimizer.step), self.everywhere)
         self.on_devices = params, optax.tree_utils.tree_set(state, count=count, mu=mu, nu=nu)
@@ -62,6 +61,7 @@ class JaxTrainer(Trainer):
     @contextlib.contextmanager
     def running(self):
         yield self
+        self.any_process(False)  # waits for the process that writes the files
 
     # One step
 
@@ -77,7 +77,8 @@ class JaxTrainer(Trainer):
     def compute_step(self, params, state, batches, seed, learning_rate):
         """Return the updated params and state, the loss, and the global norm of the gradients.
 
-        batches: [n_batches, batch, n_seq+1], the windows whose gradients are averaged. seed: of dropout, [2].
+        batches: [n_batches, batch, n_seq+1], the windows whose gradients are averaged. seed: of dropout, [2]. Each
+        group of devices along `data` adds up gradients of its own; they are exchanged once, after the last batch.
         """
         n_batches, n_groups = len(batches), self.mesh.shape["data"]
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed[0]), seed[1]), (n_batches, n_groups))
@@ -90,13 +91,14 @@ class JaxTrainer(Trainer):
         zero = jax.tree.map(lambda p: jnp.zeros((n_groups, *p.shape)), (np.float32(0), params))
         totals, _ = jax.lax.scan(add_batch, zero, (by_group, keys))
         loss, gradients = jax.tree.map(lambda total: jnp.sum(total, axis=0) / (n_batches * n_groups), totals)
+        gradients = jax.lax.with_sharding_constraint(gradients, self.like_moments)
         updates, state = self.adamw(learning_rate).update(gradients, state, params)
         return optax.apply_updates(params, updates), state, loss, optax.global_norm(gradients)
 
-    def loss(self, params, windows, key):  # dict, [batch, n_seq+1] -> scalar
+    def loss(self, params, batch, key):  # dict, [batch, n_seq+1] -> scalar
         self.model.drop.seed(key)
         with self.precision():
-            return lm_loss(params, *inputs_and_targets(windows), self.n_head, self.model)
+            return lm_loss(params, *inputs_and_targets(batch), self.n_head, self.model)
 
     def precision(self):
         return jax.default_matmul_precision("highest" if self.options.dtype == "float32" else "default")
