@@ -16,8 +16,8 @@ import gpt2
 import sampling
 from cli import evaluate as evaluate_cli
 from tests.conftest import INPUTS, N_HEAD, N_NEW, PROMPTS, ROOT, TINY, need
-from tests.programs import SECONDS, assert_mistake, command, run
-from tests.random_model import DATA, random_tensors
+from tests.programs import SECONDS, assert_mistake, command, run, started
+from tests.random_model import DATA, copy_vocabulary, random_tensors, write_safetensors
 from tests.test_sampling import HALVES, HUGE, JUST_ABOVE, kept, random_logits
 from utils import load_encoder_hparams_and_params
 from weights.names import nest
@@ -29,16 +29,17 @@ import jax
 from engines import jax_engine, jax_model, jax_sampling
 
 JAX = ["--engine", "jax"]
-SHAKESPEARE = ["--model_size", "shakespeare", "--models_dir", str(ROOT / "models")]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """A cache of these tests and the programs that they start, which says nothing about compiling."""
+def compilation(tmp_path_factory):
+    """These tests and the programs that they start compile fast, share a cache, and say nothing about compiling."""
     path = tmp_path_factory.mktemp("jax")
     (path / "jit_decode_chunk").touch()
     with pytest.MonkeyPatch.context() as m:
         m.setenv("JAX_COMPILATION_CACHE_DIR", str(path))
+        m.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
         jax.config.update("jax_compilation_cache_dir", str(path))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         yield path
@@ -82,7 +83,7 @@ def test_rows_of_a_batch_are_what_transformers_generate_alone(on_jax, expected, 
     assert sorted(results) == [((i, 1), ids, "length") for i, ids in enumerate(expected)]
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("batch_size", [1, 3])
 def test_rows_that_end_are_replaced(on_jax, expected, batch_size):
     """By a longer prompt, too, for which the caches have to grow; the id that ends a row is not part of it."""
     stop = next(i for i in range(TINY["n_vocab"]) if 4 <= sum(i in ids for ids in expected) <= 7)
@@ -100,7 +101,7 @@ def test_rows_that_end_are_replaced(on_jax, expected, batch_size):
 def test_greedy_ids_of_the_bundled_model_are_those_of_numpy(shakespeare):
     encoder, hparams, params = shakespeare
     engine, on_device = jax_engine.jax_engine(params, hparams["n_head"])
-    for prompt in ("ROMEO:", "To be, or not to be", "\n"):
+    for prompt in ("ROMEO:", "\n"):
         ids = encoder.encode(prompt)
         n = hparams["n_ctx"] - len(ids)
         assert engine.generate(ids, on_device, hparams["n_head"], n) == gpt2.generate(ids, params, hparams["n_head"], n)
@@ -158,8 +159,7 @@ def test_logits_are_those_of_numpy(n_head):
     np.testing.assert_allclose(engine.token_losses(logits[:, :-1], ids[:, 1:]), losses, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("pieces", [[1] * 12, [5, 1, 6], [8, 4]])
-def test_a_cache_gives_the_logits_of_one_pass(on_jax, params, pieces):
+def test_a_cache_gives_the_logits_of_one_pass(on_jax, params):
     """Rows at different positions, the rest of the cache full of numbers that are not theirs."""
     engine, on_device = on_jax
     ids, starts = np.array([INPUTS[4][:40], INPUTS[7][:40]]), np.array([[0], [9]])
@@ -173,7 +173,7 @@ def test_a_cache_gives_the_logits_of_one_pass(on_jax, params, pieces):
 
     kv = [(full, full) for _ in range(TINY["n_layer"])]
     _, kv = forward(on_device, kv, 0 * starts, ids[:, :9])
-    for n in pieces:
+    for n in (9, 1, 1, 9, 1):
         places = [[0], [1]], starts + np.arange(n)
         logits, kv = forward(on_device, kv, starts, ids[places])
         np.testing.assert_allclose(logits, expected[places], rtol=1e-4, atol=1e-4)
@@ -201,7 +201,7 @@ def test_bfloat16_is_close(params):
 
 
 def test_the_perplexity_of_bfloat16_is_that_of_float32(shakespeare):
-    text = need(DATA / "tinyshakespeare.txt").read_text(encoding="utf-8")[-20_000:]
+    text = need(DATA / "tinyshakespeare.txt").read_text(encoding="utf-8")[-8_000:]
     encoder, hparams, params = shakespeare
     ids, n_head, losses = encoder.encode(text), hparams["n_head"], []
     for dtype in ("float32", "bfloat16"):
@@ -218,9 +218,10 @@ def test_the_perplexity_of_bfloat16_is_that_of_float32(shakespeare):
 def test_samples_follow_from_the_seed_alone_and_in_a_batch(on_jax):
     seeds = [3, 4, 3, 2**100, 2**100 % 2**64]
     make = lambda seed: jax_sampling.Sampler(1.0, 50, 0.9, seed)  # noqa: E731
-    requests = [(i, ids, map(make, seeds)) for i, ids in enumerate(INPUTS[:4])]
-    found = {key: ids for key, ids, _ in generate_batch(on_jax, requests, 7)}
-    for i, ids in enumerate(INPUTS[:4]):
+    inputs = [ids for ids in INPUTS if len(ids) < 8]
+    requests = [(i, ids, map(make, seeds)) for i, ids in enumerate(inputs)]
+    found = {key: ids for key, ids, _ in generate_batch(on_jax, requests, 3)}
+    for i, ids in enumerate(inputs):
         alone = [generate(on_jax, ids, sample=make(seed)) for seed in seeds]
         assert [found[i, j] for j in range(1, 6)] == alone
         assert alone[0] == alone[2] != alone[1] and alone[3] == alone[4]
@@ -300,14 +301,14 @@ hparams = {"n_vocab": 97, "n_ctx": 32, "n_embd": 64, "n_head": 8, "n_layer": 2}
 params, rng = nest(random_tensors(hparams), 2), np.random.default_rng(0)
 prompts = [rng.integers(0, 97, n).tolist() for n in (7, 1, 20, 3, 12)]
 expected = [((i, 1), gpt2.generate(ids, params, 8, 12), "length") for i, ids in enumerate(prompts)]
-sampled = []
-for shape in [(1, 1), (1, 2), (1, 4), (1, 8), (8, 1), (4, 2), (2, 4)]:
+greedy, sample, sampled = (0.0,), (1.0, 20, 0.9, 3), []
+for shape in [(1, 1), (1, 2), (1, 8), (8, 1), (2, 4)]:
     engine, on_device = jax_engine.jax_engine(params, 8, shape=shape)
-    for options in ((0.0,), (1.0, 20, 0.9, 3)):
+    for options in [greedy] if shape in [(1, 2), (1, 8)] else [greedy, sample]:
         requests = [(i, ids, [jax_sampling.Sampler(*options)]) for i, ids in enumerate(prompts)]
         found = sorted(engine.generate_batch(requests, on_device, 8, 12))
-        sampled.append(found) if options[0] else None
-        assert options[0] or found == expected, shape
+        sampled.append(found) if options == sample else None
+        assert options == sample or found == expected, shape
 
     batch, n_data, n_model = jax_engine.Batch(engine, on_device, 8, 5), *shape
     batch.reserve(32)
@@ -327,8 +328,8 @@ assert [dict(jax_model.make_mesh(params, n_head).shape) for n_head in (8, 12)] =
 """
 
 
-def environment(n_devices, flags=""):
-    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={n_devices} {flags}"}
+def environment(n_devices):
+    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={n_devices}"}
 
 
 def test_ids_are_equal_on_1_to_8_devices_and_a_block_takes_two_all_reduces():
@@ -338,10 +339,20 @@ def test_ids_are_equal_on_1_to_8_devices_and_a_block_takes_two_all_reduces():
         cwd=ROOT,
         capture_output=True,
         encoding="utf-8",
-        env=environment(8, "--xla_backend_optimization_level=0"),
+        env=environment(8),
         timeout=2 * SECONDS,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.fixture(scope="session")
+def two_heads(tmp_path_factory, vocabulary_dir, tiny_tensors):
+    """A models_dir with the tiny model in the folder "tiny", of two heads, which divide by two devices."""
+    path = tmp_path_factory.mktemp("two_heads")
+    (path / "tiny").mkdir()
+    copy_vocabulary(path / "tiny", vocabulary_dir)
+    write_safetensors(path / "tiny", TINY | {"n_head": 2}, tiny_tensors)
+    return str(path)
 
 
 def free_port():
@@ -351,36 +362,21 @@ def free_port():
 
 
 @pytest.mark.parametrize("devices", [[], ["--devices", "2x1"]])
-def test_two_processes_of_which_the_first_prints(devices, shakespeare, tmp_path):
+def test_two_processes_of_which_the_first_prints(devices, two_heads, tmp_path):
     """A batch and samples under a random seed, which has to be the same in both."""
     (tmp_path / "prompts").write_text("ROMEO:\nO\nJULIET:\n", encoding="utf-8")
     options = ["--prompts_file", tmp_path / "prompts", "--n_tokens_to_generate", 9, "--temperature", 1, "--top_k", 1]
     if not devices:
         options = ["ROMEO:", "--n_tokens_to_generate", 9]
-    arguments = [str(a) for a in (*options, *SHAKESPEARE, *JAX, *devices)]
+    arguments = [str(a) for a in (*options, "--model_size", "tiny", "--models_dir", two_heads, *JAX, *devices)]
     distributed = ["--coordinator", f"127.0.0.1:{free_port()}", "--n_processes", "2", "--process_id"]
-    processes = [
-        subprocess.Popen(
-            command(*arguments, *distributed, str(i)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=ROOT,
-            env=environment(1),
-        )
-        for i in range(2)
-    ]
-    try:
-        found = [process.communicate(timeout=SECONDS) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], found
+    commands = [command(*arguments, *distributed, str(i)) for i in range(2)]
+    with started(commands[0], env=environment(1)) as first, started(commands[1], env=environment(1)) as second:
+        found = [process.communicate(timeout=SECONDS) for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), found
     assert found[1][0] == b""
-    encoder, hparams, params = shakespeare
-    texts = [
-        encoder.decode(gpt2.generate(encoder.encode(p), params, hparams["n_head"], 9))
-        for p in ("ROMEO:", "O", "JULIET:")
-    ]
+    encoder, _, params = load_encoder_hparams_and_params("tiny", two_heads)
+    texts = [encoder.decode(gpt2.generate(encoder.encode(p), params, 2, 9)) for p in ("ROMEO:", "O", "JULIET:")]
     if devices:
         assert [json.loads(line)["text"] for line in found[0][0].splitlines()] == texts
     else:
@@ -391,7 +387,7 @@ def test_two_processes_of_which_the_first_prints(devices, shakespeare, tmp_path)
 
 
 def test_the_command_line_prints_numpys_text(inside, tiny_flags):
-    for options in ([], ["--stream"], ["--n_samples", 2, "--temperature", 1, "--top_k", 1]):
+    for options in ([], ["--stream"]):
         expected = inside(PROMPTS[0], *tiny_flags, *options)
         assert expected[0] == 0
         assert inside(PROMPTS[0], *tiny_flags, *options, *JAX, "--devices", 1) == expected
@@ -424,15 +420,15 @@ def test_evaluation_finds_numpys_loss(tiny_flags, tmp_path, capsys):
     assert "weights bfloat16 (lossy)" in outputs[2].out and "bfloat16 is lossy" in outputs[2].err and not outputs[1].err
 
 
-def test_the_first_compilation_is_announced_and_kept(tmp_path):
+def test_the_first_compilation_is_announced_and_kept(inside, tiny_flags, tmp_path):
     """In the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another."""
-    arguments = ["ROMEO:", *SHAKESPEARE, *JAX, "--n_tokens_to_generate", "3"]
-    env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    first, second = (run(*arguments, env=env | {"XDG_CACHE_HOME": str(tmp_path)}) for _ in range(2))
-    assert first[:2] == second[:2] and first[0] == 0
+    arguments = [PROMPTS[0], *tiny_flags, "--n_tokens_to_generate", "3"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    first, second = (run(*arguments, *JAX, env=env | {"XDG_CACHE_HOME": str(tmp_path)}) for _ in range(2))
+    assert first[:2] == second[:2] == inside(*arguments)[:2] and first[0] == 0
     assert re.fullmatch(r"note: JAX compiles .*\n", first[2].decode()) and second[2] == b""
     assert [path.name for path in tmp_path.iterdir()] == ["jax"]
-    code, out, err = run(*arguments, env=env | {"JAX_COMPILATION_CACHE_DIR": "/proc/nowhere"})
+    code, out, err = run(*arguments, *JAX, env=os.environ | {"JAX_COMPILATION_CACHE_DIR": "/proc/nowhere"})
     assert (code, out) == first[:2]
     assert re.fullmatch(r"note: no folder .* JAX_COMPILATION_CACHE_DIR .*\nnote: JAX compiles .*\n", err.decode())
 
@@ -477,15 +473,17 @@ def test_a_cluster_that_jax_does_not_detect(tiny_flags):
     assert_mistake(run("a", *JAX, *tiny_flags, "--coordinator", "auto"), "cannot join at --coordinator auto")
 
 
-@pytest.mark.parametrize("process_id", ["0", "1"])
-def test_a_process_that_waits_in_vain(tiny_flags, process_id):
+def test_processes_that_wait_in_vain(tiny_flags):
+    """Process 0 for process 1, and process 1 of others for process 0."""
     program = "import sys; from cli import devices, generate; devices.SECONDS_TO_JOIN = 1; sys.exit(generate.run())"
-    distributed = ["--coordinator", f"127.0.0.1:{free_port()}", "--n_processes", "2", "--process_id", process_id]
-    arguments = [sys.executable, "-c", program, "a", *JAX, *tiny_flags, *distributed]
-    done = subprocess.run(arguments, check=False, cwd=ROOT, capture_output=True, timeout=SECONDS)
-    first, _, rest = done.stderr.partition(b"\n")
-    assert_mistake((done.returncode, done.stdout, first + b"\n"), "cannot join", "connected within 1 s", "HOST:PORT")
-    assert process_id == "0" or not rest  # process 0 ends the service, which reports that
+    arguments = [sys.executable, "-c", program, "a", *JAX, *tiny_flags, "--n_processes", "2", "--process_id"]
+    commands = [[*arguments, str(i), "--coordinator", f"127.0.0.1:{free_port()}"] for i in range(2)]
+    with started(commands[0]) as first, started(commands[1]) as second:
+        for process in (first, second):
+            out, err = process.communicate(timeout=SECONDS)
+            line, _, rest = err.partition(b"\n")
+            assert_mistake((process.returncode, out, line + b"\n"), "cannot join", "connected within 1 s", "HOST:PORT")
+            assert process is first or not rest  # process 0 ends the service, which reports that
 
 
 def test_a_device_that_jax_does_not_have(tiny_flags):
