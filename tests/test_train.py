@@ -263,7 +263,9 @@ def new_trainer(**options):
     chosen = PRESETS["3min"] | {"block_size": 16, "batch_size": 4, "threads": 1, "dropout": 0.0} | options
     options, tensors = Options(name="new", dataset="random", **chosen), new_tensors(TWO_LAYERS)
     state = State(tokens={"train": len(ids)}, val_chars_per_token=1.0)
-    return trainer.NumpyTrainer(Plan("", options, state, None, TWO_LAYERS, new_optimizer(tensors, options), {"train": ids}))
+    return trainer.NumpyTrainer(
+        Plan("", options, state, None, TWO_LAYERS, new_optimizer(tensors, options), {"train": ids})
+    )
 
 
 def test_dropout_acts_in_training_and_not_in_evaluation_and_the_largest_is_finite():

@@ -55,7 +55,7 @@ class JaxTrainer(Trainer):
         mu, nu = (put(nest(tensors, self.n_layer), over_data=zero) for tensors in moments)
         state = jax.eval_shape(self.adamw(0.0).init, params)
         count = jax.device_put(np.int32(self.optimizer.step), self.everywhere)
-        self.on_devices = params, optax.tree_utils.tree_set(state, count=count, mu=mu, nu=nu)
+        self.on_devices = params, optax.tree.set(state, count=count, mu=mu, nu=nu)
         self.fetched_step, self.next_batches = self.state.step, None
 
     @contextlib.contextmanager
@@ -77,12 +77,12 @@ class JaxTrainer(Trainer):
     def compute_step(self, params, state, batches, seed, learning_rate):
         """Return the updated params and state, the loss, and the global norm of the gradients.
 
-        batches: [n_batches, batch, n_seq+1], the windows whose gradients are averaged. seed: of dropout, [2]. Each
+        batches: [n_batches, batch, n], the windows whose gradients are averaged. seed: of dropout, [2]. Each
         group of devices along `data` adds up gradients of its own; they are exchanged once, after the last batch.
         """
         n_batches, n_groups = len(batches), self.mesh.shape["data"]
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed[0]), seed[1]), (n_batches, n_groups))
-        by_group = batches.reshape(n_batches, n_groups, -1, batches.shape[-1])  # -> [n_batches, n_groups, b, n_seq+1]
+        by_group = batches.reshape(n_batches, n_groups, -1, batches.shape[-1])  # -> [n_batches, n_groups, b, n]
 
         def add_batch(total, batch):
             found = jax.vmap(jax.value_and_grad(self.loss), (None, 0, 0))(params, *batch)
@@ -93,9 +93,9 @@ class JaxTrainer(Trainer):
         loss, gradients = jax.tree.map(lambda total: jnp.sum(total, axis=0) / (n_batches * n_groups), totals)
         gradients = jax.lax.with_sharding_constraint(gradients, self.like_moments)
         updates, state = self.adamw(learning_rate).update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, loss, optax.global_norm(gradients)
+        return optax.apply_updates(params, updates), state, loss, optax.tree.norm(gradients)
 
-    def loss(self, params, batch, key):  # dict, [batch, n_seq+1] -> scalar
+    def loss(self, params, batch, key):  # dict, [batch, n] -> scalar
         self.model.drop.seed(key)
         with self.precision():
             return lm_loss(params, *inputs_and_targets(batch), self.n_head, self.model)
@@ -117,19 +117,19 @@ class JaxTrainer(Trainer):
         self.check_finite({"loss": loss, "norm of the gradients": norm})
         return loss, norm
 
-    def random_batches(self, step):  # -> [n_batches, batch, n_seq+1]
+    def random_batches(self, step):  # -> [n_batches, batch, n]
         """Return the batches of a step, the same as NumpyTrainer's."""
         options, data = self.options, self.plan.data["train"]
         rngs = [np.random.default_rng((options.seed, step, i)) for i in range(options.gradient_accumulation_steps)]
         return self.load("train", [random_starts(data, rng, options.batch_size, options.block_size) for rng in rngs])
 
-    def load(self, split, starts):  # [n_batches, batch] -> [n_batches, batch, n_seq+1]
+    def load(self, split, starts):  # [n_batches, batch] -> [n_batches, batch, n]
         """Return the windows that start there, on the devices. Each process reads those of its own devices."""
         starts, block_size = np.array(starts), self.options.block_size
 
         def read(index):
             chosen = starts[index[:2]]  # -> [n_batches, n_windows]
-            found = windows(self.plan.data[split], chosen.reshape(-1), block_size)  # -> [n_batches*n_windows, n_seq+1]
+            found = windows(self.plan.data[split], chosen.reshape(-1), block_size)  # -> [n_batches*n_windows, n]
             return found.reshape(*chosen.shape, -1).astype(np.int32)
 
         return jax.make_array_from_callback((*starts.shape, block_size + 1), self.by_window, read)
@@ -149,7 +149,7 @@ class JaxTrainer(Trainer):
         losses = [self.losses(self.on_devices[0], self.load(split, [batch])) for batch in batches]  # [batch] each
         return float(np.mean(np.concatenate(losses)[: len(starts)], dtype=np.float64))
 
-    def compute_losses(self, params, batches):  # dict, [1, batch, n_seq+1] -> [batch]
+    def compute_losses(self, params, batches):  # dict, [1, batch, n] -> [batch]
         """Return the mean loss of each window."""
         inputs, targets = inputs_and_targets(batches[0])
         with self.precision():
@@ -165,7 +165,7 @@ class JaxTrainer(Trainer):
         if self.fetched_step == self.state.step:
             return
         params, state = self.on_devices
-        mu, nu = (optax.tree_utils.tree_get(state, name) for name in ("mu", "nu"))
+        mu, nu = (optax.tree.get(state, name) for name in ("mu", "nu"))
         for copies, tensors in ((self.tensors, params), (self.optimizer.m, mu), (self.optimizer.v, nu)):
             for name, tensor in flatten(tensors, self.hparams).items():
                 found = to_host(tensor)
