@@ -1,5 +1,6 @@
 """training/scaling.py: what XLA says of programs compiled for eight devices, published figures, the document."""
 
+import importlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import pytest
 from cli.scaling import run
 from tests.conftest import ROOT
 from tests.programs import SECONDS, assert_mistake
+from training.loss import lm_loss
 from training.scaling import Device, Step, flops, hparams_near, limit, memory, reduced, seconds, sent
 from weights.names import count_params, nest, tensor_shapes
 from weights.releases import HPARAMS
@@ -33,66 +35,20 @@ STEPS = {
 
 
 def compiled_step(step):
-    """Return the compiled program of a Step: the loss and its gradients, accumulated over batches, then AdamW."""
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import NamedSharding, PartitionSpec
+    """Return the compiled program of the step of train.py."""
+    import numpy as np
 
-    from engines.jax_model import make_mesh, sharded
-    from tests.random_model import random_tensors
+    from tests.test_jax_training import new_trainer
 
-    hparams, n_head = step.hparams, step.hparams["n_head"]
-    params = nest(random_tensors(hparams), hparams["n_layer"])
-    mesh = make_mesh(params, n_head, (step.n_data, step.n_model))
-    params = sharded(params, n_head, mesh)
-    loss = jax_loss(step)
-
-    def moment(tensor):  # zeros, sharded along `data` too if the step says so
-        axes = [*tensor.sharding.spec, *[None] * (tensor.ndim - len(tensor.sharding.spec))]
-        if step.shard_optimizer:
-            axes[axes.index(None) if None in axes else 0] = "data"
-        return jnp.zeros_like(tensor, device=NamedSharding(mesh, PartitionSpec(*axes)))
-
-    def train_step(params, m, v, batches):
-        def add_batch(total, batch):  # [n_data, rows, n_seq+1]
-            return jax.tree.map(jnp.add, total, jax.vmap(jax.grad(loss), (None, 0))(params, batch)), None
-
-        by_rank = batches.reshape(step.n_batches, step.n_data, -1, batches.shape[-1])
-        zero = jax.tree.map(lambda p: jnp.zeros((step.n_data, *p.shape)), params)
-        gradients = jax.tree.map(lambda g: jnp.mean(g, axis=0), jax.lax.scan(add_batch, zero, by_rank)[0])
-        m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, gradients)
-        v = jax.tree.map(lambda v, g: 0.99 * v + 0.01 * g * g, v, gradients)
-        return jax.tree.map(lambda p, m, v: 0.99 * p - 1e-3 * m / (jnp.sqrt(v) + 1e-8), params, m, v), m, v
-
-    m, v = (jax.tree.map(moment, params) for _ in range(2))
-    by_window = NamedSharding(mesh, PartitionSpec(None, "data"))
-    shape = (step.n_batches, step.n_data * step.windows, hparams["n_ctx"] + 1)
-    batches = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=by_window)
-    results = jax.tree.map(lambda array: array.sharding, (params, m, v))
-    return jax.jit(train_step, donate_argnums=(0, 1, 2), out_shardings=results).lower(params, m, v, batches).compile()
-
-
-def jax_loss(step):
-    """Return a function from params and windows, [rows, n_seq+1], to the mean loss."""
-    import jax
-    import jax.numpy as jnp
-
-    from engines.jax_model import jax_model
-
-    n_head = step.hparams["n_head"]
-    model = jax_model(n_head)
-    block = model.transformer_block
-    if step.remat:
-        model.transformer_block = lambda x, n_head, cache, **params: jax.checkpoint(
-            lambda x, params: block(x, **params, n_head=n_head)
-        )(x, params)
-
-    def loss(params, windows):
-        logits = model.gpt2(windows[:, :-1], **params, n_head=n_head)
-        of_targets = jnp.take_along_axis(logits, windows[:, 1:, None], axis=-1)[..., 0]
-        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - of_targets)
-
-    return loss
+    options = {name: getattr(step, name) for name in ("dtype", "remat", "shard_optimizer")}
+    options |= {
+        "block_size": step.hparams["n_ctx"],
+        "batch_size": step.n_data * step.windows,
+        "gradient_accumulation_steps": step.n_batches,
+    }
+    trainer = new_trainer((step.n_data, step.n_model), step.hparams, **options)
+    inputs = *trainer.on_devices, trainer.random_batches(0), np.zeros(2, np.uint32), np.float32(0)
+    return trainer.step.lower(*inputs).compile()
 
 
 COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
@@ -124,6 +80,7 @@ def print_what_xla_says():
 def xla():
     """What XLA says of each of STEPS, compiled for eight devices of the CPU in a process of its own."""
     pytest.importorskip("jax")
+    pytest.importorskip("optax")
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # 0: only LLVM's, for speed
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", "from tests.test_scaling import *; print_what_xla_says()"]
@@ -164,28 +121,34 @@ def test_bytes_of_the_collectives(xla, name):
 
 @pytest.mark.parametrize("name", ["8x1", "4x2", "2x4", "1x8"])
 def test_temporary_memory(xla, name):
-    """XLA computes some of what JAX would keep again, and has temporary arrays; on the CPU remat does not help it."""
+    """XLA computes some of what JAX would keep again, and has temporary arrays; on the CPU remat seldom helps it."""
     found = memory(STEPS[name])
     expected = found["gradients"] + found["activations"] + found["logits"]
-    assert 0.6 < xla[name]["temporary"] / expected < 1.15
+    assert 0.7 < xla[name]["temporary"] / expected < 1.4
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_activations_are_what_jax_keeps_for_the_backward_pass(remat):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_are_what_jax_keeps_for_the_backward_pass(dtype, remat):
+    """Without the scores in bfloat16, which flash attention does without."""
     jax = pytest.importorskip("jax")
+    training_model = importlib.import_module("training.jax_model").training_model
 
-    def kept(n_layer):  # the elements of arrays whose first axis is of windows or tokens
+    def kept(n_layer):  # the bytes of arrays whose first axis is of windows or tokens
         hparams = {"n_vocab": 100, "n_ctx": 14, "n_embd": 48, "n_head": 4, "n_layer": n_layer}
-        step = Step(hparams, 1, 1, 5, remat=remat)
-        windows = jax.ShapeDtypeStruct((5, 15), int)
-        shapes = tensor_shapes(**hparams)
+        step = Step(hparams, 1, 1, 5, dtype=dtype, remat=remat)
+        inputs = jax.ShapeDtypeStruct((5, 14), int)
+        shapes, model = tensor_shapes(**hparams), training_model(4, dtype=dtype, remat=remat)
         params = nest({name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}, n_layer)
-        pullback = jax.eval_shape(lambda params, windows: jax.vjp(jax_loss(step), params, windows)[1], params, windows)
+        loss = lambda params, inputs: lm_loss(params, inputs, inputs, 4, model)  # noqa: E731
+        pullback = jax.eval_shape(lambda params, inputs: jax.vjp(loss, params, inputs)[1], params, inputs)
         arrays = [array for array in jax.tree.leaves(pullback) if array.ndim and array.shape[0] in (5, 70)]
-        return sum(array.size for array in arrays), memory(step)["activations"]
+        if dtype == "bfloat16":
+            arrays = [array for array in arrays if array.shape[:3] != (5, 4, 14) or array.shape[3] == 12]
+        return sum(array.size * array.dtype.itemsize for array in arrays), memory(step)["activations"]
 
     (few, few_bytes), (more, more_bytes) = kept(2), kept(3)
-    assert 4 * (more - few) == pytest.approx(more_bytes - few_bytes, rel=0.03)
+    assert more - few == pytest.approx(more_bytes - few_bytes, rel=0.03)
 
 
 # Published figures

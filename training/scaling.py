@@ -69,8 +69,8 @@ def hparams_near(n_params, n_ctx):
 def memory(step):
     """Return the bytes per device by purpose. Their sum is what a step takes if all are needed at the same time.
 
-    weights: float32, and with bfloat16 a copy, which remat makes for one block at a time. activations: what JAX's
-    derivatives of gpt2.py keep for the backward pass, with remat of one block and the inputs of the others. logits:
+    weights: float32, and with bfloat16 a copy, which remat makes for one block at a time. activations: what the model
+    of training/jax_model.py keeps for the backward pass, with remat of one block and the inputs of the others. logits:
     they and their gradient.
     """
     hparams, n_params, itemsize = step.hparams, step.n_local_params, ITEMSIZE[step.dtype]
@@ -88,14 +88,14 @@ def memory(step):
 def block_bytes(step):
     """Return the bytes per token and device that the backward pass of a block needs.
 
-    On every device: 4 arrays of layer norms and the residual stream in float32, and the inputs of c_attn and c_fc.
-    Sharded: q, k, v, the input of attention's c_proj, and 8 arrays of 4 * n_embd around gelu; in float32 the scores,
-    their exponentials and the softmax too, for which bfloat16 has flash attention.
+    On every device: the inputs of both layer norms, in float32, and those of c_attn and c_fc. Sharded: q, k, v, the
+    inputs of both c_proj and of gelu; in float32 the softmax and its exponentials, too, in whose place bfloat16 has
+    flash attention.
     """
     n_embd, itemsize = step.hparams["n_embd"], ITEMSIZE[step.dtype]
-    n_scores = 3 * step.hparams["n_head"] * step.hparams["n_ctx"] if step.dtype == "float32" else 0
-    sharded = (4 + 8 * 4) * n_embd * itemsize + n_scores * FLOAT
-    return 4 * n_embd * FLOAT + 2 * n_embd * itemsize + sharded / step.n_model
+    n_scores = 2 * step.hparams["n_head"] * step.hparams["n_ctx"] if step.dtype == "float32" else 0
+    sharded = (4 + 2 * 4) * n_embd * itemsize + n_scores * FLOAT
+    return 2 * n_embd * FLOAT + 2 * n_embd * itemsize + sharded / step.n_model
 
 
 def flops(step):
