@@ -78,7 +78,11 @@ class Row:
 
     def append_token(self, logits):  # [n_vocab]
         """Choose the next token, and set stop_reason if the row is complete."""
-        self.new_id = gpt2.choose(logits, self.sample)
+        self.append_id(gpt2.choose(logits, self.sample))
+
+    def append_id(self, new_id):
+        """Append the token that has been chosen."""
+        self.new_id = new_id
         if self.new_id == self.stop_id:
             self.stop_reason = "end_of_text"
             return

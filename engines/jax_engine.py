@@ -205,9 +205,12 @@ class Batch:
         self.kv, *results = self.engine.decode(self.params, *state, n_steps, n_head=self.n_head, **self.sampling)
         ids, is_finite = (np.asarray(result)[:, :n_steps] for result in results)  # -> [b, n_steps] each
         for i, row in rows.items():
-            for token_id in np.where(is_finite[i], ids[i], np.nan):
-                if not row.stop_reason:
-                    row.append_token(token_id)
+            for token_id, was_finite in zip(ids[i].tolist(), is_finite[i].tolist(), strict=True):
+                if row.stop_reason:
+                    break
+                if not was_finite:
+                    raise FloatingPointError("the logits are not finite")
+                row.append_id(token_id)
         self.n_past, self.newest = self.n_past + n_steps, ids[:, -1:].copy()
         self.n_past[[i for i in range(self.n_rows) if i not in rows or rows[i].stop_reason]] = 0
 

@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Sampler:
-    """The arguments of sampling.make_sampler as choose() takes them. It is called with the id of each token chosen.
+    """The arguments of sampling.make_sampler as choose() takes them.
 
     key: the data of jax.random.key(seed), of the lowest 64 bits of the seed; random if there is no seed.
     """
@@ -28,9 +28,6 @@ class Sampler:
                 "top_k": top_k,
                 "top_p": np.float32(top_p) if top_p < 1 else None,
             }
-
-    def __call__(self, token_id):
-        return int(token_id)
 
 
 def choose(logits, keys, positions, temperature, top_k, top_p):  # [b, n_vocab], [b, 2], [b] -> [b]
