@@ -10,6 +10,7 @@ from cli.options import discard, parse_count, parse_positive
 from weights.errors import UserError
 
 SECONDS_TO_JOIN = 60  # between the starts of the processes
+SECONDS_TO_NOTICE = 60  # until the others end if one process no longer answers
 OPTIONS = ("devices", "coordinator", "process_id", "n_processes")
 
 
@@ -121,9 +122,13 @@ def join_processes(jax, options):
     errors = []
 
     def initialize():
-        timeout = 2 * SECONDS_TO_JOIN  # after which JAX would abort this process
+        timeouts = {
+            "initialization_timeout": 2 * SECONDS_TO_JOIN,  # after which JAX would abort this process
+            "heartbeat_timeout_seconds": SECONDS_TO_NOTICE,
+            "shutdown_timeout_seconds": SECONDS_TO_NOTICE,
+        }
         try:
-            jax.distributed.initialize(address, options.n_processes, options.process_id, initialization_timeout=timeout)
+            jax.distributed.initialize(address, options.n_processes, options.process_id, **timeouts)
         except Exception as error:
             errors.append(error)
 

@@ -117,7 +117,9 @@ def exit_code(program, work, argv=None):
         except (UserError, FloatingPointError, OSError, MemoryError) as error:
             line = shorten(printable(describe(error)).replace("\n", " "))
             with contextlib.suppress(BrokenPipeError):
-                print(f"{program}: error: {line}", file=sys.stderr)
+                print(f"{program}: error: {line}", file=sys.stderr, flush=True)
+            if one_of_several():
+                os._exit(EXIT_MISTAKE)  # otherwise JAX would wait for the other processes
             return EXIT_MISTAKE
 
 
@@ -137,6 +139,12 @@ def run_and_flush(work):
         if "RESOURCE_EXHAUSTED" in str(error):  # JAX
             remedy = "set a smaller --batch_size, more --devices or --dtype bfloat16, or choose a smaller model"
             raise UserError(f"the device has too little memory; {remedy}") from None
+        if one_of_several():
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"the processes cannot go on ({reason}), probably because another one has ended; start all again, and "
+                "a training with --resume"
+            ) from None
         raise
     finally:
         try:
@@ -144,6 +152,11 @@ def run_and_flush(work):
         except OSError:
             discard(sys.stdout)
             raise
+
+
+def one_of_several():
+    """Return whether this process has joined others (see cli/devices.py)."""
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
 class BestEffort:

@@ -105,7 +105,7 @@ def make_parser():
     add(
         "--preset",
         choices=PRESETS,
-        help="3min (default) or 1h, the time on two cores; gpu, 10.6 M parameters; 124M, GPT-2 from scratch, for GPUs; "
+        help="3min (default) or 1h, the time on two cores; gpu, 11 M parameters; 124M, GPT-2 from scratch, for GPUs; "
         "finetune (default with --init_from)",
     )
     add("--resume", action="store_true", help="continue from the last save of --name")
@@ -164,7 +164,7 @@ def run_training(given):
         if not resume:
             plan = plan_new(model_dir, options, given)
             say(plan.describe(), is_first)
-            trainer = new_trainer(plan, on)
+            trainer = new_trainer(plan, on, is_first)
             with trainer.running():
                 trainer.dry_run()  # errors appear before any file is written
         with lock(model_dir) if is_first else contextlib.nullcontext():
@@ -172,7 +172,7 @@ def run_training(given):
                 check_folder(model_dir, given["name"], resume, overwrite)  # again: another run may have trained it
             if resume:
                 plan = plan_resumed(model_dir, given)
-                trainer = new_trainer(plan, on)
+                trainer = new_trainer(plan, on, is_first)
                 say(f"resuming from step {plan.state.step} of {plan.options.max_iters}", is_first)
             if is_first:
                 prepare_folder(plan)
@@ -203,16 +203,20 @@ def start_engine(engine, given, on):
     devices.check_jax_options(argparse.Namespace(**vars(on) | jax_only | {"engine": engine}))
     if engine != "jax":
         return True
+    name = "--xla_gpu_exclude_nondeterministic_ops"  # a resumed run continues bit for bit
+    if name not in (flags := os.environ.get("XLA_FLAGS", "")):
+        os.environ["XLA_FLAGS"] = f"{flags} {name}=true"
     devices.start_jax(on)
     import jax
 
     return jax.process_index() == 0
 
 
-def new_trainer(plan, on):
+def new_trainer(plan, on, is_first):
     """Return the Trainer of the plan's engine. on: the options of the devices."""
     if plan.options.engine != "jax":
         return NumpyTrainer(plan)
+    say("JAX compiles the step, which takes seconds, or minutes for a large model", is_first)
     try:
         from training.jax_trainer import JaxTrainer
     except ImportError as error:

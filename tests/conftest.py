@@ -62,6 +62,20 @@ def environment(monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def compilation(tmp_path_factory):
+    """The tests of JAX and the programs that they start compile fast, share a cache, and are quiet about it."""
+    jax, path = pytest.importorskip("jax"), tmp_path_factory.mktemp("jax")
+    (path / "jit_decode_chunk").touch()
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("JAX_COMPILATION_CACHE_DIR", str(path))
+        m.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        jax.config.update("jax_compilation_cache_dir", str(path))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        yield path
+
+
+@pytest.fixture(scope="session")
 def vocabulary_dir(tmp_path_factory):
     """encoder.json and vocab.bpe of 400 tokens, learned from texts that do not change with the source."""
     path = tmp_path_factory.mktemp("vocabulary")

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 
@@ -31,6 +32,17 @@ def started(arguments, **options):
             yield process
         finally:
             process.kill()
+
+
+def on_devices(n):
+    """Return the environment of a program for which JAX finds n devices, parts of the CPU."""
+    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={n}"}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def assert_mistake(result, *words, script="gpt2.py"):

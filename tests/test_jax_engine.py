@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 
@@ -16,7 +15,7 @@ import gpt2
 import sampling
 from cli import evaluate as evaluate_cli
 from tests.conftest import INPUTS, N_HEAD, N_NEW, PROMPTS, ROOT, TINY, need
-from tests.programs import SECONDS, assert_mistake, command, run, started
+from tests.programs import SECONDS, assert_mistake, command, free_port, on_devices, run, started
 from tests.random_model import DATA, copy_vocabulary, random_tensors, write_safetensors
 from tests.test_sampling import HALVES, HUGE, JUST_ABOVE, kept, random_logits
 from utils import load_encoder_hparams_and_params
@@ -28,21 +27,8 @@ import jax
 
 from engines import jax_engine, jax_model, jax_sampling
 
+pytestmark = pytest.mark.usefixtures("compilation")
 JAX = ["--engine", "jax"]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compilation(tmp_path_factory):
-    """These tests and the programs that they start compile fast, share a cache, and say nothing about compiling."""
-    path = tmp_path_factory.mktemp("jax")
-    (path / "jit_decode_chunk").touch()
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv("JAX_COMPILATION_CACHE_DIR", str(path))
-        m.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        jax.config.update("jax_disable_most_optimizations", True)
-        jax.config.update("jax_compilation_cache_dir", str(path))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        yield path
 
 
 @pytest.fixture(scope="session")
@@ -328,10 +314,6 @@ assert [dict(jax_model.make_mesh(params, n_head).shape) for n_head in (8, 12)] =
 """
 
 
-def environment(n_devices):
-    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={n_devices}"}
-
-
 def test_ids_are_equal_on_1_to_8_devices_and_a_block_takes_two_all_reduces():
     done = subprocess.run(
         [sys.executable, "-c", ON_8_DEVICES],
@@ -339,7 +321,7 @@ def test_ids_are_equal_on_1_to_8_devices_and_a_block_takes_two_all_reduces():
         cwd=ROOT,
         capture_output=True,
         encoding="utf-8",
-        env=environment(8),
+        env=on_devices(8),
         timeout=2 * SECONDS,
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -355,12 +337,6 @@ def two_heads(tmp_path_factory, vocabulary_dir, tiny_tensors):
     return str(path)
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.mark.parametrize("devices", [[], ["--devices", "2x1"]])
 def test_two_processes_of_which_the_first_prints(devices, two_heads, tmp_path):
     """A batch and samples under a random seed, which has to be the same in both."""
@@ -371,7 +347,7 @@ def test_two_processes_of_which_the_first_prints(devices, two_heads, tmp_path):
     arguments = [str(a) for a in (*options, "--model_size", "tiny", "--models_dir", two_heads, *JAX, *devices)]
     distributed = ["--coordinator", f"127.0.0.1:{free_port()}", "--n_processes", "2", "--process_id"]
     commands = [command(*arguments, *distributed, str(i)) for i in range(2)]
-    with started(commands[0], env=environment(1)) as first, started(commands[1], env=environment(1)) as second:
+    with started(commands[0], env=on_devices(1)) as first, started(commands[1], env=on_devices(1)) as second:
         found = [process.communicate(timeout=SECONDS) for process in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0), found
     assert found[1][0] == b""
@@ -465,7 +441,7 @@ def test_mistakes(inside, tiny_flags, arguments, words):
 
 
 def test_heads_that_do_not_divide_by_the_devices(tiny_flags):
-    result = run("a", *JAX, *tiny_flags, "--devices", "2", env=environment(2))
+    result = run("a", *JAX, *tiny_flags, "--devices", "2", env=on_devices(2))
     assert_mistake(result, "3 heads and 192 hidden units do not divide by 2 devices", "one of 1, 3, or", "2x1")
 
 

@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 from tests.programs import SECONDS
 
 FOLDERS = ("cli", "engines", "explain", "official", "training", "weights")
-PROGRAMS = ("gpt2", "gpt2_pico", "train", "evaluate", "microgpt", "baby_gpt", "official.compare")
+PROGRAMS = ("gpt2", "gpt2_pico", "train", "evaluate", "microgpt", "baby_gpt", "official.compare", "training.scaling")
 # What each module, or each module of a folder, may import of this project. cli may import everything.
 ALLOWED = {
     "gpt2": (),

@@ -212,6 +212,34 @@ def test_the_shape_comments_of_jax_are_true(name):
             engine.generate([1, 2, 3], on_device, n_head, 3, sample=engine.make_sampler(*options))
             logits = engine.gpt2(np.zeros((2, 5), int), **on_device, n_head=n_head)
             engine.token_losses(logits, np.zeros((2, 5), int))
+        importlib.import_module("engines.jax_model").by_part(params["blocks"][0]["attn"]["c_attn"]["w"], n_head)
+
+    assert_comments_are_true(module, run)
+
+
+@pytest.mark.parametrize("name", ["jax_model", "jax_trainer"])
+def test_the_shape_comments_of_training_with_jax_are_true(name):
+    pytest.importorskip("jax").clear_caches()
+    pytest.importorskip("optax")
+    module, new_trainer = (
+        importlib.import_module(f"training.{name}"),
+        importlib.import_module("tests.test_jax_training").new_trainer,
+    )
+
+    def run():
+        for dtype in ("float32", "bfloat16"):
+            trainer = new_trainer(dtype=dtype, dropout=0.1, gradient_accumulation_steps=2)
+            trainer.update(0.1)
+            trainer.estimate_loss("val")
+        if name == "jax_model":
+            q = np.zeros((2, 3, 10, 8), np.float32)
+            assert module.fits_cudnn(q)
+            with pytest.MonkeyPatch.context() as m:
+                attention = module.jax.nn.dot_product_attention
+                m.setattr(
+                    module.jax.nn, "dot_product_attention", lambda *a, **o: attention(*a, is_causal=o["is_causal"])
+                )
+                module.flash_attention(q, q, q)
 
     assert_comments_are_true(module, run)
 

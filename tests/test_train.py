@@ -258,19 +258,21 @@ def test_without_matplotlib_there_is_no_plot(run, folder, monkeypatch):
 
 
 def new_trainer(**options):
-    """A Trainer of a small model, without a folder."""
+    """A NumpyTrainer of a small model, without a folder."""
     ids = np.random.default_rng(0).integers(0, TWO_LAYERS["n_vocab"], 999, dtype=np.uint16)
     chosen = PRESETS["3min"] | {"block_size": 16, "batch_size": 4, "threads": 1, "dropout": 0.0} | options
     options, tensors = Options(name="new", dataset="random", **chosen), new_tensors(TWO_LAYERS)
     state = State(tokens={"train": len(ids)}, val_chars_per_token=1.0)
-    return trainer.Trainer(Plan("", options, state, None, TWO_LAYERS, new_optimizer(tensors, options), {"train": ids}))
+    return trainer.NumpyTrainer(
+        Plan("", options, state, None, TWO_LAYERS, new_optimizer(tensors, options), {"train": ids})
+    )
 
 
 def test_dropout_acts_in_training_and_not_in_evaluation_and_the_largest_is_finite():
     evaluated, losses = set(), set()
     for p in (0.0, 0.5, 0.9999999):
-        with new_trainer(dropout=p).threads() as of:
-            loss, found, _ = train.compute_gradients(of)
+        with new_trainer(dropout=p).running() as of:
+            loss, found, _ = of.compute_gradients()
             losses.add(loss)
             evaluated.add(of.estimate_loss("train"))
         assert all(np.all(np.isfinite(gradient)) for gradient in found.values())
@@ -284,8 +286,8 @@ def test_gradients_of_accumulated_batches_and_shards_are_those_of_all_windows_at
     of = new_trainer(gradient_accumulation_steps=3, threads=threads)
     of.state.step = 7
     assert of.n_shards == threads
-    with of.threads():
-        loss, found, norm = train.compute_gradients(of)
+    with of.running():
+        loss, found, norm = of.compute_gradients()
     data = of.plan.data["train"]
     batches = [dataset.random_windows(data, np.random.default_rng([1337, 7, i]), 4, 16) for i in range(3)]
     inputs, targets = (np.concatenate(parts) for parts in zip(*batches, strict=True))
@@ -301,9 +303,9 @@ def test_every_step_batch_and_shard_has_random_numbers_of_its_own(monkeypatch):
     windows, masks, sample, mask = [], [], dataset.random_windows, fused.Dropout.mask
     monkeypatch.setattr(trainer, "random_windows", lambda *args: windows.append(sample(*args)) or windows[-1])
     monkeypatch.setattr(fused.Dropout, "mask", lambda self, shape: masks.append(mask(self, shape)) or masks[-1])
-    with of.threads():
+    with of.running():
         for of.state.step in (0, 1):
-            train.compute_gradients(of)
+            of.compute_gradients()
     assert len({inputs.tobytes() for inputs, _ in windows}) == 2 * 2
     assert len({m.tobytes() for m in masks}) == len(masks) == 2 * 2 * 2 * (1 + 3 * TWO_LAYERS["n_layer"])
 
@@ -750,7 +752,7 @@ from training.checkpoint import State
 from training.initialization import gpt2_deviation, initial_tensors
 from training.options import Options
 from training.plan import Plan, new_optimizer
-from training.trainer import Trainer, functions_of
+from training.trainer import NumpyTrainer, functions_of
 from weights.names import tensor_shapes
 
 def memory(name):
@@ -763,7 +765,7 @@ before = memory("VmRSS")
 optimizer = new_optimizer(initial_tensors(tensor_shapes(**hparams), 0, gpt2_deviation(hparams["n_layer"])), options)
 data = {"train": np.arange(999, dtype=np.uint16) % 99}
 state = State(tokens={}, val_chars_per_token=1.0)
-with Trainer(Plan("", options, state, None, hparams, optimizer, data)).threads() as of:
+with NumpyTrainer(Plan("", options, state, None, hparams, optimizer, data)).running() as of:
     for _ in range(2):  # the moments take memory from the first update on
         train_step(of)
 print(memory("VmHWM") - before)
@@ -865,3 +867,75 @@ def test_bytes_and_gpt2s_own_tokenizer(run, folder):
     assert run("--max_iters 1 --tokenizer gpt2", name="wide", small=NO_VOCABULARY)[0] == 0
     encoder, hparams, _ = load_encoder_hparams_and_params("wide", str(folder.parent))
     assert hparams["n_vocab"] == 50257 and encoder.encode("zjqfl") == [89, 73, 80, 2704]
+
+
+# Token files
+
+
+def llm_c_file(path, ids):
+    """Write a file as llm.c's dev/data/data_common.py does: 256 numbers, then the ids."""
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(ids)
+    path.write_bytes(header.tobytes() + np.asarray(ids, "<u2").tobytes())
+
+
+@pytest.fixture
+def bins(tmp_path, tiny, monkeypatch):
+    """Options for token files of both formats, three of them for training. GPT-2's tokenizer is the tiny model's."""
+    monkeypatch.setattr("training.plan.load_gpt2_encoder", lambda models_dir: tiny[0])
+    ids = tiny[0].encode(TEXT)
+    llm_c_file(tmp_path / "val.bin", ids[:500])
+    llm_c_file(tmp_path / "train_1.bin", ids[500:1000])
+    np.array(ids[1000:1003], "<u2").tofile(tmp_path / "train_2.bin")
+    llm_c_file(tmp_path / "train_3.bin", ids[1003:])
+    return f"--train_bin {tmp_path}/train_*.bin --val_bin {tmp_path}/val.bin"
+
+
+def test_a_slice_of_token_files_is_that_of_their_ids(bins, tmp_path, tiny):
+    ids, tokens = np.array(tiny[0].encode(TEXT)[500:]), dataset.TokenFiles(f"{tmp_path}/train_*.bin", 400)
+    assert len(tokens) == len(ids)
+    for chosen in (slice(0, 10), slice(490, 510), slice(499, 504), slice(500, 503), slice(len(ids) - 3, len(ids))):
+        np.testing.assert_array_equal(tokens[chosen], ids[chosen])
+
+
+def test_training_on_token_files_is_training_on_their_ids(run, resume, folder, bins, tmp_path, tiny):
+    """With 20 steps, 10 of them resumed; the ids are not copied."""
+    small = f"{NO_VOCABULARY} {bins} --eval_interval 10 --dropout 0"
+    assert run("--max_iters 10", small=small, dataset=None)[0] == 0
+    assert resume("--max_iters 20")[0] == 0
+    assert not {"train.bin", "val.bin"} & contents(folder).keys()
+    losses = [line["val_loss"] for line in read_log(folder) if "val_loss" in line]
+    assert losses[0] > losses[1] > losses[2]
+    _, hparams, params = load_encoder_hparams_and_params("new", str(folder.parent))
+    assert hparams["n_vocab"] == 400
+    inputs, targets = dataset.even_windows(np.array(tiny[0].encode(TEXT)[:500]), 8, 16)
+    np.testing.assert_allclose(lm_loss(params, inputs, targets, hparams["n_head"]), losses[-1], rtol=1e-5)
+    chars_per_token = len(tiny[0].decode(tiny[0].encode(TEXT)[:500])) / 500
+    np.testing.assert_allclose(state_of(folder)["val_chars_per_token"], chars_per_token)
+    llm_c_file(tmp_path / "train_3.bin", [1] * 50)
+    mistake(resume("--max_iters 21"), "train_*.bin", "553 tokens", "when the run began")
+
+
+def test_mistakes_with_token_files(run, bins, tmp_path, folder):
+    for options, words in (
+        ("--train_bin a", ["--val_bin is missing"]),
+        ("--val_bin a", ["--train_bin is missing"]),
+        (f"{bins} --dataset a", ["--dataset does not work with --train_bin"]),
+        (f"{bins} --layout plain", ["--layout does not work with --train_bin"]),
+        (f"{bins} --vocab_size 300", ["--vocab_size does not work with --train_bin"]),
+        (f"{bins} --tokenizer bytes", ["--tokenizer does not work with --train_bin"]),
+        (f"{bins} --val_bin {tmp_path}/none_*", ["no token file", "none_*"]),
+        (f"{bins} --block_size 500", ["500 for validation", "--block_size 499"]),
+    ):
+        mistake(run(options, small=NO_VOCABULARY, dataset=None), *words)
+    path = tmp_path / "val.bin"
+    whole = path.read_bytes()
+    for content, words in (
+        (whole[:-1], ["odd number"]),
+        (whole[:-2], ["998 bytes after the header, expected 1000 for 500 ids"]),
+        (whole[:600], ["expected 1000"]),
+        (whole[:-2] + b"\xff\xff", ["token id 65535 in a vocabulary of 400"]),
+    ):
+        path.write_bytes(content)
+        mistake(run(bins, small=NO_VOCABULARY, dataset=None), "val.bin is corrupt", *words)
+    assert not folder.exists()

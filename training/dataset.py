@@ -201,12 +201,12 @@ def even_starts(tokens, n_windows, block_size):  # [n] -> [n_windows]
     return np.linspace(0, last, min(n_windows, 1 + last // block_size)).astype(int)
 
 
-def windows(tokens, starts, block_size):  # [n], [n_windows] -> [n_windows, n_seq+1]
+def windows(tokens, starts, block_size):  # [n], [n_windows] -> [n_windows, block_size+1]
     """Return the block_size tokens from each start on, and the token after them."""
     return np.stack([tokens[i : i + block_size + 1] for i in starts]).astype(int)
 
 
-def inputs_and_targets(windows):  # [..., n_seq+1] -> [..., n_seq], [..., n_seq]
+def inputs_and_targets(windows):  # [..., n] -> [..., n-1], [..., n-1]
     """Return the inputs, all tokens but the last, and the token that follows each of them."""
     return windows[..., :-1], windows[..., 1:]
 

@@ -14,7 +14,7 @@ import optax
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import NamedSharding, PartitionSpec
 
-from engines.jax_model import by_part, make_mesh, sharded, token_losses
+from engines.jax_model import by_part, make_mesh, sharded, shardings, token_losses
 from training.dataset import even_starts, inputs_and_targets, random_starts, windows
 from training.jax_model import training_model
 from training.loss import lm_loss
@@ -49,19 +49,19 @@ class JaxTrainer(Trainer):
     def put_on_devices(self):
         """Copy the parameters and the optimizer's state of the Plan to the devices, as self.on_devices."""
         put = functools.partial(sharded, n_head=self.n_head, mesh=self.mesh)
-        params = put(self.params)
-        mu, nu = (
-            put(nest(moments, self.n_layer), over_data=self.options.shard_optimizer)
-            for moments in (self.optimizer.m, self.optimizer.v)
-        )
+        params, zero = put(self.params), self.options.shard_optimizer
+        self.like_moments = shardings(self.params, self.mesh, over_data=zero)
+        moments = self.optimizer.m, self.optimizer.v
+        mu, nu = (put(nest(tensors, self.n_layer), over_data=zero) for tensors in moments)
         state = jax.eval_shape(self.adamw(0.0).init, params)
         count = jax.device_put(np.int32(self.optimizer.step), self.everywhere)
-        self.on_devices = params, optax.tree_utils.tree_set(state, count=count, mu=mu, nu=nu)
+        self.on_devices = params, optax.tree.set(state, count=count, mu=mu, nu=nu)
         self.fetched_step, self.next_batches = self.state.step, None
 
     @contextlib.contextmanager
     def running(self):
         yield self
+        self.any_process(False)  # waits for the process that writes the files
 
     # One step
 
@@ -77,11 +77,12 @@ class JaxTrainer(Trainer):
     def compute_step(self, params, state, batches, seed, learning_rate):
         """Return the updated params and state, the loss, and the global norm of the gradients.
 
-        batches: [n_batches, batch, n_seq+1], the windows whose gradients are averaged. seed: of dropout, [2].
+        batches: [n_batches, batch, n], the windows whose gradients are averaged. seed: of dropout, [2]. Each
+        group of devices along `data` adds up gradients of its own; they are exchanged once, after the last batch.
         """
         n_batches, n_groups = len(batches), self.mesh.shape["data"]
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed[0]), seed[1]), (n_batches, n_groups))
-        by_group = batches.reshape(n_batches, n_groups, -1, batches.shape[-1])  # -> [n_batches, n_groups, b, n_seq+1]
+        by_group = batches.reshape(n_batches, n_groups, -1, batches.shape[-1])  # -> [n_batches, n_groups, b, n]
 
         def add_batch(total, batch):
             found = jax.vmap(jax.value_and_grad(self.loss), (None, 0, 0))(params, *batch)
@@ -90,13 +91,14 @@ class JaxTrainer(Trainer):
         zero = jax.tree.map(lambda p: jnp.zeros((n_groups, *p.shape)), (np.float32(0), params))
         totals, _ = jax.lax.scan(add_batch, zero, (by_group, keys))
         loss, gradients = jax.tree.map(lambda total: jnp.sum(total, axis=0) / (n_batches * n_groups), totals)
+        gradients = jax.lax.with_sharding_constraint(gradients, self.like_moments)
         updates, state = self.adamw(learning_rate).update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, loss, optax.global_norm(gradients)
+        return optax.apply_updates(params, updates), state, loss, optax.tree.norm(gradients)
 
-    def loss(self, params, windows, key):  # dict, [batch, n_seq+1] -> scalar
+    def loss(self, params, batch, key):  # dict, [batch, n] -> scalar
         self.model.drop.seed(key)
         with self.precision():
-            return lm_loss(params, *inputs_and_targets(windows), self.n_head, self.model)
+            return lm_loss(params, *inputs_and_targets(batch), self.n_head, self.model)
 
     def precision(self):
         return jax.default_matmul_precision("highest" if self.options.dtype == "float32" else "default")
@@ -115,19 +117,19 @@ class JaxTrainer(Trainer):
         self.check_finite({"loss": loss, "norm of the gradients": norm})
         return loss, norm
 
-    def random_batches(self, step):  # -> [n_batches, batch, n_seq+1]
+    def random_batches(self, step):  # -> [n_batches, batch, n]
         """Return the batches of a step, the same as NumpyTrainer's."""
         options, data = self.options, self.plan.data["train"]
         rngs = [np.random.default_rng((options.seed, step, i)) for i in range(options.gradient_accumulation_steps)]
         return self.load("train", [random_starts(data, rng, options.batch_size, options.block_size) for rng in rngs])
 
-    def load(self, split, starts):  # [n_batches, batch] -> [n_batches, batch, n_seq+1]
+    def load(self, split, starts):  # [n_batches, batch] -> [n_batches, batch, n]
         """Return the windows that start there, on the devices. Each process reads those of its own devices."""
         starts, block_size = np.array(starts), self.options.block_size
 
         def read(index):
             chosen = starts[index[:2]]  # -> [n_batches, n_windows]
-            found = windows(self.plan.data[split], chosen.reshape(-1), block_size)  # -> [n_batches*n_windows, n_seq+1]
+            found = windows(self.plan.data[split], chosen.reshape(-1), block_size)  # -> [n_batches*n_windows, n]
             return found.reshape(*chosen.shape, -1).astype(np.int32)
 
         return jax.make_array_from_callback((*starts.shape, block_size + 1), self.by_window, read)
@@ -147,7 +149,7 @@ class JaxTrainer(Trainer):
         losses = [self.losses(self.on_devices[0], self.load(split, [batch])) for batch in batches]  # [batch] each
         return float(np.mean(np.concatenate(losses)[: len(starts)], dtype=np.float64))
 
-    def compute_losses(self, params, batches):  # dict, [1, batch, n_seq+1] -> [batch]
+    def compute_losses(self, params, batches):  # dict, [1, batch, n] -> [batch]
         """Return the mean loss of each window."""
         inputs, targets = inputs_and_targets(batches[0])
         with self.precision():
@@ -163,7 +165,7 @@ class JaxTrainer(Trainer):
         if self.fetched_step == self.state.step:
             return
         params, state = self.on_devices
-        mu, nu = (optax.tree_utils.tree_get(state, name) for name in ("mu", "nu"))
+        mu, nu = (optax.tree.get(state, name) for name in ("mu", "nu"))
         for copies, tensors in ((self.tensors, params), (self.optimizer.m, mu), (self.optimizer.v, nu)):
             for name, tensor in flatten(tensors, self.hparams).items():
                 found = to_host(tensor)
