@@ -1,0 +1,120 @@
+"""Log-probabilities of continuations, for evaluation: what several sequences have in common is computed once.
+
+The sequences are sorted, so that no earlier one shares a longer beginning with a sequence than its predecessor does.
+Only the tokens after that beginning are computed: the cache is set back to where the two part. The tokens of all
+sequences are packed one after another, without padding, and go through the model PASS_TOKENS at a time; logits are
+computed only where a token is scored. So a question with four answers is read once, and few-shot examples that all
+questions begin with are read once for all of them.
+"""
+
+from itertools import pairwise
+from os.path import commonprefix
+from typing import NamedTuple
+
+import numpy as np
+
+import gpt2
+from engines.batching import PackedCaches
+from engines.instance import new_instance
+
+PASS_TOKENS = 512  # per forward pass; fewer leave the time of a pass to reading the weights
+CHUNK_ROWS = 8  # rows of logits processed at a time, which stay in the processor's cache
+
+
+class Plan(NamedTuple):
+    """The tokens to compute, [n] each, and the tokens to score, [m] each, in the order of the rows."""
+
+    ids: np.ndarray
+    positions: np.ndarray  # of each token in its sequence
+    rows: np.ndarray  # index in ids: the logits there score the target
+    targets: np.ndarray
+    owners: np.ndarray  # index of the pair that the target belongs to
+
+
+def make_plan(pairs, n_ctx):
+    """Return the Plan for pairs of (context, continuation), lists of token ids.
+
+    Of a longer pair only the last n_ctx + 1 tokens are used, the last of which is scored but not read. Raises
+    ValueError if a context is empty or a continuation has more than n_ctx tokens.
+    """
+    sequences, ids, positions, scored = [], [], [], []
+    for i, (context, continuation) in enumerate(pairs):
+        if not context or len(continuation) > n_ctx:
+            raise ValueError(f"{len(context)} + {len(continuation)} tokens; need at least 1 and at most {n_ctx}")
+        sequences.append(([*context, *continuation][-n_ctx - 1 : -1], i))
+    sequences.sort()
+    previous, rows = [], []  # the rows of the previous sequence's tokens
+    for inputs, i in sequences:
+        n_shared = len(commonprefix([previous, inputs]))
+        rows[n_shared:] = range(len(ids), len(ids) + len(inputs) - n_shared)
+        ids += inputs[n_shared:]
+        positions += range(n_shared, len(inputs))
+        targets = pairs[i][1]
+        scored += zip(rows[len(inputs) - len(targets) :], targets, [i] * len(targets), strict=True)
+        previous = inputs
+    scored = np.array(scored, dtype=int).reshape(-1, 3)
+    scored = scored[np.argsort(scored[:, 0], kind="stable")]
+    return Plan(np.array(ids), np.array(positions), *scored.T)
+
+
+class Branch:
+    """A cache that is set back to n_past tokens before it is used."""
+
+    def __init__(self, cache, n_past):
+        self.cache, self.n_past = cache, n_past
+
+    def attend(self, q, k, v):  # [h, n_seq, d], [h, n_seq, d], [h, n_seq, d] -> [h, n_seq, d]
+        self.cache.n_past = self.n_past
+        return self.cache.attend(q, k, v)
+
+
+def with_rows(model):
+    """Return an instance of gpt2 that runs the functions of this model and whose blocks take `rows`, those they return.
+
+    With rows for the last block, gpt2() computes the logits of these positions only.
+    """
+    instance = new_instance()
+    instance.embed, instance.layer_norm, instance.linear = model.embed, model.layer_norm, model.linear
+    instance.transformer_block = lambda x, rows=slice(None), **options: model.transformer_block(x, **options)[rows]
+    return instance
+
+
+def score(pairs, params, n_head, model=gpt2, progress=iter):
+    """Return the log-probability of each continuation, [n] float64, and whether all its tokens are the most likely.
+
+    pairs: (context, continuation), lists of token ids; see make_plan. model: as in generate_batch (batching.py).
+    progress: a function that wraps the iterable of the passes, to count them.
+    """
+    plan = make_plan(pairs, n_ctx=params["wpe"].shape[0])
+    log_probs, is_greedy = np.zeros(len(pairs)), np.ones(len(pairs), dtype=bool)
+    cache = [model.KVCache(int(max(plan.positions, default=0)) + 1) for _ in params["blocks"]]
+    instance = with_rows(model)
+    for start in progress(range(0, len(plan.ids), PASS_TOKENS)):
+        first, last = np.searchsorted(plan.rows, [start, start + PASS_TOKENS])
+        rows, targets, owners = plan.rows[first:last] - start, plan.targets[first:last], plan.owners[first:last]
+        distinct, rows = np.unique(rows, return_inverse=True)
+        one_pass = slice(start, start + PASS_TOKENS)
+        logits = logits_of(distinct, plan.ids[one_pass], plan.positions[one_pass], cache, params, n_head, instance)
+        log_totals, most_likely = log_sums(logits)
+        np.add.at(log_probs, owners, (logits[rows, targets] - log_totals[rows]))
+        np.logical_and.at(is_greedy, owners, most_likely[rows] == targets)
+    return log_probs, is_greedy
+
+
+def logits_of(rows, ids, positions, cache, params, n_head, instance):  # -> [len(rows), n_vocab]
+    """Return the logits of some rows of a pass. A new branch begins where a position does not follow the one before."""
+    starts = [0, *(np.flatnonzero(np.diff(positions) != 1) + 1)]
+    lengths = np.diff([*starts, len(ids)])
+    packed = [PackedCaches([Branch(layer, positions[i]) for i in starts], lengths) for layer in cache]
+    *blocks, last = params["blocks"]
+    return instance.gpt2(ids, **params | {"blocks": [*blocks, last | {"rows": rows}]}, n_head=n_head, cache=packed)
+
+
+def log_sums(logits):  # [rows, n_vocab] -> [rows], [rows]
+    """Return the logarithm of the sum of exp(logits), and the index of the largest, of each row."""
+    log_totals, most_likely = np.empty(len(logits), logits.dtype), np.argmax(logits, axis=-1)
+    for i in range(0, len(logits), CHUNK_ROWS):
+        chunk = logits[i : i + CHUNK_ROWS]
+        largest = np.max(chunk, axis=-1, keepdims=True)
+        log_totals[i : i + CHUNK_ROWS] = np.log(np.sum(np.exp(chunk - largest), axis=-1)) + largest[:, 0]
+    return log_totals, most_likely
