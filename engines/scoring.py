@@ -7,8 +7,6 @@ computed only where a token is scored. So a question with four answers is read o
 questions begin with are read once for all of them.
 """
 
-from itertools import pairwise
-from os.path import commonprefix
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +14,7 @@ import numpy as np
 import gpt2
 from engines.batching import PackedCaches
 from engines.instance import new_instance
+from weights.errors import UserError
 
 PASS_TOKENS = 512  # per forward pass; fewer leave the time of a pass to reading the weights
 CHUNK_ROWS = 8  # rows of logits processed at a time, which stay in the processor's cache
@@ -31,21 +30,33 @@ class Plan(NamedTuple):
     owners: np.ndarray  # index of the pair that the target belongs to
 
 
+def fitted(context, continuation, n_ctx):
+    """Return the token ids of a pair, without the first ones if there are more than the model reads and one to predict.
+
+    Raises UserError if the context is empty or the continuation alone is too long.
+    """
+    if not context or len(continuation) > n_ctx:
+        raise UserError(
+            f"a context of {len(context)} tokens and a continuation of {len(continuation)} cannot be scored; "
+            f"at least 1 and at most the {n_ctx} of the model's context are needed"
+        )
+    return [*context, *continuation][-n_ctx - 1 :]
+
+
+def common_length(a, b):
+    """Return the number of elements at the beginning that two lists have in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def make_plan(pairs, n_ctx):
     """Return the Plan for pairs of (context, continuation), lists of token ids.
 
-    Of a longer pair only the last n_ctx + 1 tokens are used, the last of which is scored but not read. Raises
-    ValueError if a context is empty or a continuation has more than n_ctx tokens.
+    Raises UserError as in fitted().
     """
-    sequences, ids, positions, scored = [], [], [], []
-    for i, (context, continuation) in enumerate(pairs):
-        if not context or len(continuation) > n_ctx:
-            raise ValueError(f"{len(context)} + {len(continuation)} tokens; need at least 1 and at most {n_ctx}")
-        sequences.append(([*context, *continuation][-n_ctx - 1 : -1], i))
-    sequences.sort()
+    ids, positions, scored = [], [], []
     previous, rows = [], []  # the rows of the previous sequence's tokens
-    for inputs, i in sequences:
-        n_shared = len(commonprefix([previous, inputs]))
+    for inputs, i in sorted((fitted(*pair, n_ctx)[:-1], i) for i, pair in enumerate(pairs)):
+        n_shared = common_length(previous, inputs)
         rows[n_shared:] = range(len(ids), len(ids) + len(inputs) - n_shared)
         ids += inputs[n_shared:]
         positions += range(n_shared, len(inputs))
