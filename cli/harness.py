@@ -8,6 +8,7 @@ import functools
 from collections import defaultdict
 from itertools import chain, islice
 
+import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -65,7 +66,10 @@ class HarnessModel(TemplateLM):
         """Return what scoring.score() returns, as lists, for pairs of (context, continuation)."""
         progress = functools.partial(tqdm, desc=f"Running {what} requests", unit="pass", disable=disable_tqdm)
         score = getattr(self.model, "score", functools.partial(scoring.score, model=self.model))  # JAX has its own
-        return [a.tolist() for a in score(pairs, self.params, self.hparams["n_head"], progress=progress)]
+        log_probs, is_greedy = score(pairs, self.params, self.hparams["n_head"], progress=progress)
+        if not np.all(np.isfinite(log_probs)):
+            raise FloatingPointError("the log-probabilities are not finite")
+        return log_probs.tolist(), is_greedy.tolist()
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False):
         pairs = [(context or [self.eot_token_id], continuation) for _, context, continuation in requests]

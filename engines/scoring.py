@@ -17,7 +17,6 @@ from engines.instance import new_instance
 from weights.errors import UserError
 
 PASS_TOKENS = 512  # per forward pass; fewer leave the time of a pass to reading the weights
-CHUNK_ROWS = 8  # rows of logits processed at a time, which stay in the processor's cache
 
 
 class Plan(NamedTuple):
@@ -106,8 +105,8 @@ def score(pairs, params, n_head, model=gpt2, progress=iter):
         distinct, rows = np.unique(rows, return_inverse=True)
         one_pass = slice(start, start + PASS_TOKENS)
         logits = logits_of(distinct, plan.ids[one_pass], plan.positions[one_pass], cache, params, n_head, instance)
-        log_totals, most_likely = log_sums(logits)
-        np.add.at(log_probs, owners, (logits[rows, targets] - log_totals[rows]))
+        log_sums, most_likely = np.array(list(map(summary, logits))).reshape(-1, 2).T  # one row fits into the cache
+        np.add.at(log_probs, owners, logits[rows, targets] - log_sums[rows])
         np.logical_and.at(is_greedy, owners, most_likely[rows] == targets)
     return log_probs, is_greedy
 
@@ -121,11 +120,8 @@ def logits_of(rows, ids, positions, cache, params, n_head, instance):  # -> [len
     return instance.gpt2(ids, **params | {"blocks": [*blocks, last | {"rows": rows}]}, n_head=n_head, cache=packed)
 
 
-def log_sums(logits):  # [rows, n_vocab] -> [rows], [rows]
-    """Return the logarithm of the sum of exp(logits), and the index of the largest, of each row."""
-    log_totals, most_likely = np.empty(len(logits), logits.dtype), np.argmax(logits, axis=-1)
-    for i in range(0, len(logits), CHUNK_ROWS):
-        chunk = logits[i : i + CHUNK_ROWS]
-        largest = np.max(chunk, axis=-1, keepdims=True)
-        log_totals[i : i + CHUNK_ROWS] = np.log(np.sum(np.exp(chunk - largest), axis=-1)) + largest[:, 0]
-    return log_totals, most_likely
+def summary(logits):  # [n_vocab] -> float32, int
+    """Return the logarithm of the sum of exp(logits), and the index of the largest."""
+    largest = int(np.argmax(logits))
+    exp_logits = np.exp(logits - logits[largest])
+    return np.log(np.sum(exp_logits)) + logits[largest], largest
