@@ -20,7 +20,7 @@ from cli.harness import HarnessModel
 from engines.compiled import compiled_model, is_installed
 
 IDLE = 0.3  # seconds between two runs, in which threads stop spinning
-N_QUESTIONS, N_WORDS, N_DOCUMENTS, N_PROMPTS, N_TOKENS = 12, 24, 2, 8, 32
+N_QUESTIONS, N_WORDS, N_DOCUMENTS, N_PROMPTS, N_TOKENS = 6, 12, 1, 8, 16
 KINDS = ("four answers", "last word", "document", "continuation")
 METHODS = dict(zip(KINDS, ("loglikelihood", "loglikelihood", "loglikelihood_rolling", "generate_until"), strict=True))
 

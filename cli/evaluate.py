@@ -1,5 +1,6 @@
 """The command line of evaluate.py."""
 
+import importlib.util
 import math
 
 import numpy as np
@@ -63,24 +64,32 @@ def add_task_options(add):
 
 
 def dispatch(options):
-    """Check which options were given, and evaluate a text or run tasks."""
-    is_given = {name: value != make_parser().get_default(name) for name, value in vars(options).items()}
-    names = TEXT_OPTIONS if options.tasks is not None else TASK_OPTIONS
-    unused = ["FILE" if name == "dataset" else f"--{name}" for name in names if is_given[name]]
-    if unused and options.tasks is not None:
-        raise UserError(f"--tasks names what is read; leave out {', '.join(unused)}")
-    if unused:
-        raise UserError(f"{', '.join(unused)} belongs to tasks; name them with --tasks")
-    if options.tasks is None and options.dataset is None:
-        raise UserError("nothing to evaluate; name a text file, or tasks with --tasks")
-    if options.log_samples and options.output is None:
-        raise UserError("--log_samples writes to a file; name it with --output")
+    """Evaluate a text, or run tasks."""
+    check_options(options)
     if options.tasks is None:
         evaluate(options)
+    elif importlib.util.find_spec("lm_eval") is None:
+        raise UserError("--tasks needs lm-evaluation-harness; pip install -r requirements-eval.txt")
     else:
         from cli.tasks import run_tasks
 
         run_tasks(options)
+
+
+def check_options(options):
+    """Raise UserError unless either a text or tasks are named, with options that belong to them."""
+    parser, runs_tasks = make_parser(), options.tasks is not None
+    names = TEXT_OPTIONS if runs_tasks else TASK_OPTIONS
+    given = [name for name in names if getattr(options, name) != parser.get_default(name)]
+    unused = ", ".join("FILE" if name == "dataset" else f"--{name}" for name in given)
+    if unused and runs_tasks:
+        raise UserError(f"--tasks names what is read; leave out {unused}")
+    if unused:
+        raise UserError(f"{unused}: for tasks only; name them with --tasks")
+    if not runs_tasks and options.dataset is None:
+        raise UserError("nothing to evaluate; name a text file, or tasks with --tasks")
+    if options.log_samples and options.output is None:
+        raise UserError("--log_samples writes to a file; name it with --output")
 
 
 def evaluate(options):

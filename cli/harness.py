@@ -1,4 +1,4 @@
-"""A model for EleutherAI's lm-evaluation-harness, computed by the engines. Imports lm_eval, which --tasks needs.
+"""A model for EleutherAI's lm-evaluation-harness, computed by the engines. Imports lm_eval.
 
 Requests are encoded and cut as by the harness's own class for transformers' models (`--model hf`), so the results are
 the same up to rounding. Both read a context, and score or generate the tokens after it.

@@ -111,7 +111,7 @@ def score(pairs, params, n_head, model=gpt2, progress=iter):
     return log_probs, is_greedy
 
 
-def logits_of(rows, ids, positions, cache, params, n_head, instance):  # -> [len(rows), n_vocab]
+def logits_of(rows, ids, positions, cache, params, n_head, instance):  # [n_rows], [n], [n] -> [n_rows, n_vocab]
     """Return the logits of some rows of a pass. A new branch begins where a position does not follow the one before."""
     starts = [0, *(np.flatnonzero(np.diff(positions) != 1) + 1)]
     lengths = np.diff([*starts, len(ids)])
@@ -120,7 +120,7 @@ def logits_of(rows, ids, positions, cache, params, n_head, instance):  # -> [len
     return instance.gpt2(ids, **params | {"blocks": [*blocks, last | {"rows": rows}]}, n_head=n_head, cache=packed)
 
 
-def summary(logits):  # [n_vocab] -> float32, int
+def summary(logits):  # [n_vocab] -> a number, an index
     """Return the logarithm of the sum of exp(logits), and the index of the largest."""
     largest = int(np.argmax(logits))
     exp_logits = np.exp(logits - logits[largest])
