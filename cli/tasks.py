@@ -11,7 +11,7 @@ import os
 import sys
 
 from jinja2 import TemplateError
-from lm_eval import simple_evaluate
+from lm_eval import __version__, simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 from threadpoolctl import threadpool_limits
@@ -41,7 +41,7 @@ def run_tasks(options):
             f.write(text.encode("utf-8") + b"\n")
     limit = f", limit {options.limit}: not comparable with complete results" if options.limit else ""
     lossy = "" if options.dtype == "float32" else f", weights {options.dtype} (lossy)"
-    print(f"{options.model_size}, lm_eval {results['lm_eval_version']}{lossy}{limit}\n{make_table(results)}")
+    print(f"{options.model_size}, lm_eval {__version__}{lossy}{limit}\n{make_table(results)}")
     if results.get("groups"):
         print(make_table(results, "groups"))
 

@@ -21,7 +21,7 @@ from cli.harness import STOP, HarnessModel, StopAt
 from cli.tasks import namesake_first
 from encoder import END_OF_TEXT
 from tests.conftest import N_HEAD, PROMPTS, ROOT, TINY, one_line_error
-from tests.programs import assert_mistake, run
+from tests.programs import assert_mistake
 
 QUESTIONS = [
     {"question": "The answer is", "choices": [" life", " the universe", " everything, and more", " life"], "label": 0},
@@ -69,6 +69,14 @@ TASKS = {
     "rolling": ("loglikelihood_rolling", ROLLING, DOCUMENTS),
     "generate": ("generate_until", GENERATE, GENERATIONS),
 }
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_description_of_the_machine():
+    """The harness asks pip for all packages in each run, which takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -194,19 +202,30 @@ def test_generation_that_is_not_possible_is_an_error(tiny, gen_kwargs, words):
 # The command line
 
 
-def test_the_command_prints_the_harness_s_table_and_writes_its_results(their_results, tasks_dir, hf_dir, tmp_path):
-    output, paths = tmp_path / "results.json", [tasks_dir / "choice.yaml", "rol*"]
-    code, out, err = run(
-        *("--tasks", ",".join(map(str, paths)), "--include_path", tasks_dir, "--output", output, "--log_samples"),
-        *("--model_size", "tiny", "--models_dir", hf_dir.parent, "--limit", "4"),
-        script="evaluate.py",
-        env=os.environ | {"HF_HOME": str(tmp_path)},
-        cwd=ROOT,
-    )
-    assert code == 0, err.decode()
-    lines, results = out.decode().splitlines(), json.loads(output.read_text(encoding="utf-8"))
-    assert lines[0].startswith("tiny, lm_eval ") and "limit 4" in lines[0]
-    assert [line for line in lines if "word_perplexity" in line and "rolling" not in line]
+@pytest.fixture
+def evaluate(capfd, monkeypatch, tiny_flags):
+    """Run the command line in this process, without the harness's own tasks, of which there are thousands."""
+    init = functools.partialmethod(TaskManager.__init__, include_defaults=False)
+    monkeypatch.setattr(TaskManager, "__init__", init)
+
+    def run_inside(*arguments):
+        capfd.readouterr()
+        return cli.run([*tiny_flags, *map(str, arguments)]), *capfd.readouterr()
+
+    return run_inside
+
+
+def test_the_command_prints_the_harness_s_table_and_writes_its_results(
+    evaluate, their_results, tasks_dir, hf_dir, tmp_path
+):
+    output, names = tmp_path / "results.json", f"{tasks_dir / 'choice.yaml'},rol*"
+    model = ("--models_dir", hf_dir.parent, "--engine", "numpy")
+    arguments = ("--tasks", names, "--include_path", tasks_dir, "--limit", "4", "--output", output, "--log_samples")
+    code, out, err = evaluate(*model, *arguments)
+    assert code == 0, err
+    lines, results = out.splitlines(), json.loads(output.read_text(encoding="utf-8"))
+    assert lines[0].startswith("tiny, lm_eval 0.") and "limit 4" in lines[0]
+    assert ["acc" in line for line in lines].count(True) == 2 and "word_perplexity" in out
     assert list(results["results"]) == ["choice", "rolling"]
     assert results["config"]["model"] == "tiny"
     theirs = {"samples": {name: their_results["samples"][name][:4] for name in ("choice", "rolling")}}
@@ -220,19 +239,6 @@ def typed(resps):
     if isinstance(resps[0][0], list):
         return [[(float(log_prob), str(is_greedy) == "True")] for ((log_prob, is_greedy),) in resps]
     return [[float(log_prob)] for (log_prob,) in resps]
-
-
-@pytest.fixture
-def evaluate(capfd, monkeypatch, tiny_flags):
-    """Run the command line in this process, without the harness's own tasks, of which there are thousands."""
-    init = functools.partialmethod(TaskManager.__init__, include_defaults=False)
-    monkeypatch.setattr(TaskManager, "__init__", init)
-
-    def run_inside(*arguments):
-        capfd.readouterr()
-        return cli.run([*tiny_flags, *map(str, arguments)]), *capfd.readouterr()
-
-    return run_inside
 
 
 @pytest.mark.parametrize(
