@@ -1,5 +1,7 @@
 """Measure how well a model predicts a text: python evaluate.py tinyshakespeare --model_size 124M
 
+With --tasks it runs tasks of EleutherAI's lm-evaluation-harness instead (cli/tasks.py).
+
 A text longer than the context is read through a sliding window of `context` tokens that advances by `stride` tokens,
 as in Hugging Face's guide "Perplexity of fixed-length models".
 The first window scores all its tokens, each later one its last `stride` tokens; the last window ends with the text and

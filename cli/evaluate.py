@@ -1,5 +1,6 @@
 """The command line of evaluate.py."""
 
+import importlib.util
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 import gpt2
 from cli.devices import add_device_options
 from cli.engine import add_engine_options, check_engine_options, model_and_params, pays_off, set_threads
-from cli.options import Parser, exit_code, parse_positive, parse_up_to
+from cli.options import Parser, exit_code, parse_count, parse_positive, parse_up_to
 from evaluate import total_loss
 from training.dataset import read_dataset, split_text
 from training.options import MAX_THREADS
@@ -16,15 +17,18 @@ from weights.errors import UserError
 from weights.names import count_params
 from weights.resources import available_cores
 
+TEXT_OPTIONS = ("dataset", "split", "context", "stride", "data_dir")
+TASK_OPTIONS = ("include_path", "num_fewshot", "limit", "batch_size", "output", "log_samples")
+
 
 def make_parser():
     parser = Parser(
         prog="evaluate.py",
-        description="Measure the loss and the perplexity of a text under a model.",
+        description="Measure how well a model predicts a text, or run tasks of EleutherAI's lm-evaluation-harness.",
         hint=" (the model goes after --model_size)",
     )
     add = parser.add_argument
-    add("dataset", metavar="FILE", help="a UTF-8 text file, or tinyshakespeare, which is downloaded")
+    add("dataset", nargs="?", metavar="FILE", help="a UTF-8 text file, or tinyshakespeare, which is downloaded")
     add(
         "--split",
         choices=["all", "train", "val"],
@@ -44,8 +48,48 @@ def make_parser():
         help="threads (default: number of cores)",
     )
     add_engine_options(add)
+    add_task_options(parser.add_argument_group("tasks of lm-evaluation-harness, instead of FILE").add_argument)
     add_device_options(parser.add_argument_group("devices, with --engine jax").add_argument)
     return parser
+
+
+def add_task_options(add):
+    add("--tasks", metavar="NAMES", help="names with commas between them, or paths of YAML files; needs lm_eval")
+    add("--include_path", metavar="DIR", help="folder with further tasks")
+    add("--num_fewshot", type=parse_count, metavar="N", help="examples before each question (default: the task's)")
+    add("--limit", type=parse_positive, metavar="N", help="only the first N items of each task, to try it out")
+    add("--batch_size", type=parse_positive, default=8, metavar="N", help="texts generated at once (default: 8)")
+    add("--output", metavar="FILE", help="write the results to FILE, as JSON")
+    add("--log_samples", action="store_true", help="with --output: every item, with the model's results for it")
+
+
+def dispatch(options):
+    """Evaluate a text, or run tasks."""
+    check_options(options)
+    if options.tasks is None:
+        evaluate(options)
+    elif importlib.util.find_spec("lm_eval") is None:
+        raise UserError("--tasks needs lm-evaluation-harness; pip install -r requirements-eval.txt")
+    else:
+        from cli.tasks import run_tasks
+
+        run_tasks(options)
+
+
+def check_options(options):
+    """Raise UserError unless either a text or tasks are named, with options that belong to them."""
+    parser, runs_tasks = make_parser(), options.tasks is not None
+    names = TEXT_OPTIONS if runs_tasks else TASK_OPTIONS
+    given = [name for name in names if getattr(options, name) != parser.get_default(name)]
+    unused = ", ".join("FILE" if name == "dataset" else f"--{name}" for name in given)
+    if unused and runs_tasks:
+        raise UserError(f"--tasks names what is read; leave out {unused}")
+    if unused:
+        raise UserError(f"{unused}: for tasks only; name them with --tasks")
+    if not runs_tasks and options.dataset is None:
+        raise UserError("nothing to evaluate; name a text file, or tasks with --tasks")
+    if options.log_samples and options.output is None:
+        raise UserError("--log_samples writes to a file; name it with --output")
 
 
 def evaluate(options):
@@ -93,4 +137,4 @@ def evaluate(options):
 
 def run(argv=None):
     """Run the command line argv (default: sys.argv[1:]); return the exit code."""
-    return exit_code("evaluate.py", lambda: evaluate(make_parser().parse_args(argv)), argv)
+    return exit_code("evaluate.py", lambda: dispatch(make_parser().parse_args(argv)), argv)

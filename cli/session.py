@@ -82,14 +82,8 @@ class Generator:
         if self.options.engine == "jax":
             return self.model.generate_batch(requests, self.params, self.n_head, n, batch_size, self.stop_id)
         longest = max((len(ids) for _, ids, _ in requests), default=0)
-        self.check_batch(min(batch_size, n_continuations), longest + n)
+        check_batch(self.hparams, min(batch_size, n_continuations), longest + n)
         return generate_batch(requests, self.params, self.n_head, n, batch_size, self.stop_id, self.model)
-
-    def check_batch(self, n_rows, n_positions):
-        """Raise UserError if there is not enough memory for the keys, values and logits of n_rows rows."""
-        hparams = self.hparams
-        per_row = hparams["n_layer"] * 2 * hparams["n_embd"] * n_positions + hparams["n_vocab"]
-        check_memory(f"a batch of {n_rows} continuations", 4 * n_rows * per_row, "set a smaller --batch_size")
 
     def make_speculation(self):
         """Return the speculative decoder selected by --speculate or --draft_model."""
@@ -116,6 +110,12 @@ class Generator:
         cost = count_params(**hparams) / count_params(**self.hparams)
         model, params = model_and_params(self.options, params, hparams["n_head"], self.model is not gpt2)
         return lambda cache, sample: [Draft(params, hparams["n_head"], cost, model)]
+
+
+def check_batch(hparams, n_rows, n_positions):
+    """Raise UserError if there is not enough memory for the keys, values and logits of n_rows rows."""
+    per_row = hparams["n_layer"] * 2 * hparams["n_embd"] * n_positions + hparams["n_vocab"]
+    check_memory(f"a batch of {n_rows} continuations", 4 * n_rows * per_row, "set a smaller --batch_size")
 
 
 def check_prompt_fits(n_prompt, n_new, n_ctx):

@@ -19,11 +19,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from engines.batching import new_rows
 from engines.jax_model import KVCache, jax_model, make_mesh, sharded, token_losses
 from engines.jax_sampling import Sampler, choose
+from engines.scoring import fitted
 from weights.resources import check_memory
 
 CHUNK = 32  # tokens that the devices generate before the host sees them
 SHORTEST = 32  # the fewest positions of a prefill and of a cache
 PREFILL_TOKENS = 2**13  # per prefill pass of several prompts, padding included: limits its memory
+SCORE_TOKENS = 2**11  # per pass whose logits are all computed, padding included
 
 
 def jax_engine(params, n_head, dtype="float32", shape=None):
@@ -53,6 +55,7 @@ class Engine:
         everywhere = NamedSharding(mesh, PartitionSpec())
         self.gpt2 = jax.jit(self.forward, static_argnames=("n_head", "last_only"))
         self.token_losses = jax.jit(token_losses, out_shardings=everywhere)
+        self.are_largest = jax.jit(are_largest, out_shardings=everywhere)
         self.enlarge = jax.jit(enlarge, static_argnames="n_max", out_shardings=self.by_row_and_head)
         jit = functools.partial(jax.jit, donate_argnames="kv")
         self.prefill = jit(self.prefill_rows, static_argnames="n_head", out_shardings=self.by_row_and_head)
@@ -65,6 +68,26 @@ class Engine:
             inputs = jax.lax.with_sharding_constraint(inputs, NamedSharding(self.mesh, PartitionSpec("data")))
         with jax.default_matmul_precision("highest" if self.dtype == "float32" else "default"):
             return self.model.gpt2(inputs, **params, n_head=n_head, last_only=last_only)
+
+    def score(self, pairs, params, n_head, progress=iter):
+        """scoring.score, except that every pair is a row of its own."""
+        n_ctx, n_data = params["wpe"].shape[0], self.mesh.shape["data"]
+        log_probs, is_greedy, batches = np.zeros(len(pairs)), np.ones(len(pairs), dtype=bool), []
+        waiting = sorted(((fitted(*pair, n_ctx), i) for i, pair in enumerate(pairs)), key=lambda row: -len(row[0]))
+        while waiting:
+            n_seq = min(n_ctx, max(SHORTEST, power_of_two(len(waiting[0][0]) - 1)))
+            n_rows = n_data * max(1, SCORE_TOKENS // n_seq // n_data)
+            batches.append((np.zeros((n_rows, n_seq + 1), np.int32), waiting[:n_rows]))
+            waiting = waiting[n_rows:]
+        for ids, rows in progress(batches):
+            for row, (sequence, _) in zip(ids, rows, strict=False):
+                row[: len(sequence)] = sequence
+            logits = self.gpt2(ids[:, :-1], n_head=n_head, **params)  # -> [b, n_seq, n_vocab]
+            losses, largest = (np.asarray(f(logits, ids[:, 1:])) for f in (self.token_losses, self.are_largest))
+            for row, (sequence, i) in enumerate(rows):
+                scored = slice(len(sequence) - len(pairs[i][1]) - 1, len(sequence) - 1)
+                log_probs[i], is_greedy[i] = -np.sum(losses[row, scored], dtype=float), np.all(largest[row, scored])
+        return log_probs, is_greedy
 
     def prefill_rows(self, params, kv, ids, rows, sources, n_head):
         """Compute the keys and values of prompts; copy those of prompt sources[i] into row rows[i] of kv.
@@ -218,6 +241,11 @@ class Batch:
 def enlarge(kv, n_max):
     """Return the keys and values with room for n_max positions."""
     return jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, n_max - a.shape[2]), (0, 0))), kv)
+
+
+def are_largest(logits, targets):  # [b, n_seq, n_vocab], [b, n_seq] -> [b, n_seq]
+    """Return whether the target of every position is its most likely token."""
+    return jnp.argmax(logits, axis=-1) == targets
 
 
 def use_compilation_cache():

@@ -17,7 +17,7 @@ import pytest
 
 import gpt2
 import sampling
-from engines import batching, compiled, speculative
+from engines import batching, compiled, scoring, speculative
 from tests import gradients
 from tests.conftest import TINY
 from tests.random_model import random_tensors
@@ -155,13 +155,14 @@ def test_the_shape_comments_of_sampling_are_true():
     assert_comments_are_true(sampling, lambda: sampling.distribution(logits, top_k=5, top_p=0.9))
 
 
-@pytest.mark.parametrize("module", [batching, speculative])
+@pytest.mark.parametrize("module", [batching, scoring, speculative])
 def test_the_shape_comments_of_engines_are_true(tiny, module):
     _, hparams, params = tiny
     n_head, requests = hparams["n_head"], [(0, [1, 2, 3], [np.argmax]), (1, [4], [np.argmax])]
 
     def run():
         list(batching.generate_batch(requests, params, n_head, 3))
+        scoring.score([([1, 2], [3, 4])], params, n_head)
         draft = speculative.Draft(params, n_head, cost=0.1)
         drafters = lambda cache, sample: [draft]  # noqa: E731
         list(speculative.Speculation(params, n_head, drafters).generate_tokens([1, 2, 3], 5))
@@ -210,8 +211,7 @@ def test_the_shape_comments_of_jax_are_true(name):
         for dtype, options in (("float32", (1.0, 5, 0.9, 1)), ("bfloat16", ())):
             engine, on_device = jax_engine.jax_engine(params, n_head, dtype)
             engine.generate([1, 2, 3], on_device, n_head, 3, sample=engine.make_sampler(*options))
-            logits = engine.gpt2(np.zeros((2, 5), int), **on_device, n_head=n_head)
-            engine.token_losses(logits, np.zeros((2, 5), int))
+            engine.score([([1, 2], [3, 4])], on_device, n_head)
         importlib.import_module("engines.jax_model").by_part(params["blocks"][0]["attn"]["c_attn"]["w"], n_head)
 
     assert_comments_are_true(module, run)
