@@ -7,10 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
-from cli.explain import K, token_text
 from cli.generate import run as run_gpt2
-from explain.page import make_page, read_template
-from explain.trace import logit_lens, trace
+from explain.page import make_page, read_template, token_text
+from explain.trace import K, logit_lens, trace
 from gpt2 import softmax
 from tests.conftest import TINY
 

@@ -1,0 +1,161 @@
+"""The URLs of the server: OpenAI's models and completions, and the page."""
+
+import asyncio
+import json
+import os
+import re
+import secrets
+import time
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from serve.batch import Job
+from serve.protocol import ApiError, parse_ids, parse_request
+
+PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page.html")
+MAX_BODY = 2**20  # bytes
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
+PAGE_HEADERS = {"Content-Security-Policy": "frame-ancestors 'none'", "Cache-Control": "no-store"}
+
+
+class App(Starlette):
+    """name, encoder, hparams: of the model. thread: a BatchThread. page: HTML. options: those of cli/serve.py.
+
+    explain: function from token ids to what the page shows about them, JSON as bytes.
+    """
+
+    def __init__(self, name, encoder, hparams, thread, page, explain, options):
+        self.name, self.encoder, self.thread = name, encoder, thread
+        self.limits = hparams | {"n_bytes": max(map(len, encoder.encoder))}  # of the longest token
+        self.page, self.explain, self.options, self.explaining = page, explain, options, asyncio.Lock()
+        get = {"/": self.get_page, "/v1/models": self.get_models, "/v1/models/{name:path}": self.get_models}
+        post = {"/v1/completions": self.complete, "/v1/chat/completions": self.chat, "/explain": self.post_explain}
+        routes = [Route(path, self.checked(f), methods=["GET"]) for path, f in get.items()]
+        routes += [Route(path, self.checked(f), methods=["POST"]) for path, f in post.items()]
+        cors = {"allow_origins": [options.allow_origin], "allow_methods": ["*"], "allow_headers": ["*"]}
+        middleware = [Middleware(CORSMiddleware, **cors)] if options.allow_origin else []
+        handlers = dict.fromkeys((ApiError, HTTPException, ClientDisconnect, Exception), respond)
+        super().__init__(routes=routes, middleware=middleware, exception_handlers=handlers)
+
+    def checked(self, function):
+        """Return an endpoint that first raises ApiError if a foreign website, or a client without the key, asks."""
+
+        async def endpoint(request):
+            host, origin = request.headers.get("host", ""), request.headers.get("origin")
+            if self.options.host in LOOPBACK and re.sub(r":\d+$", "", host) not in LOOPBACK:
+                raise ApiError(403, "the Host header does not name this server")
+            if origin not in (None, self.options.allow_origin) and origin.partition("://")[2] != host:
+                raise ApiError(403, "the Origin header names another website; see --allow_origin")
+            expected, given = f"Bearer {self.options.api_key}", request.headers.get("authorization", "")
+            is_right = secrets.compare_digest(given.encode(), expected.encode())
+            if self.options.api_key and function != self.get_page and not is_right:
+                raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+            return await function(request)
+
+        return endpoint
+
+    async def get_page(self, _):
+        return HTMLResponse(self.page, headers=PAGE_HEADERS)
+
+    async def get_models(self, request):
+        """Answer /v1/models, and /v1/models/NAME."""
+        model = {"id": self.name, "object": "model", "created": 0, "owned_by": "user"}
+        if "name" not in request.path_params:
+            return JSONResponse({"object": "list", "data": [model]})
+        self.check_model(request.path_params["name"])
+        return JSONResponse(model)
+
+    def check_model(self, name):
+        if name not in (None, self.name):
+            raise ApiError(404, f"the only model here is {self.name}", "model", "model_not_found")
+
+    async def chat(self, _):
+        raise ApiError(404, "GPT-2 is not a chat model: it continues texts; use /v1/completions", code="not_found")
+
+    async def post_explain(self, request):
+        """Answer what the model computes for token ids, one request at a time."""
+        ids = parse_ids(await read_body(request), self.limits)
+        if self.explaining.locked():
+            raise ApiError(429, "another explanation is being computed", headers={"Retry-After": "1"})
+        async with self.explaining:
+            return Response(await asyncio.to_thread(self.explain, ids), media_type="application/json")
+
+    async def complete(self, request):
+        asked = await asyncio.to_thread(parse_request, await read_body(request), self.encoder, self.limits)
+        self.check_model(asked.model)
+        job = Job(asked, self.encoder, self.options.timeout)
+        self.thread.submit(job)
+        answer = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time())}
+        answer |= {"model": self.name}
+        if asked.stream:
+            return EventStream(job, self.thread, events(job, answer))
+        watch = asyncio.create_task(put_disconnect(request, job))
+        try:
+            choices = [piece async for pieces in job.arrived() for piece in pieces]
+        finally:
+            watch.cancel()
+            self.thread.cancel(job)
+        choices.sort(key=lambda choice: choice["index"])
+        return JSONResponse(answer | {"choices": choices, "usage": job.usage()})
+
+
+class EventStream(StreamingResponse):
+    """A response of server-sent events. Its request leaves the batch when it ends, and when the client leaves."""
+
+    def __init__(self, job, thread, content):
+        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self.job, self.thread = job, thread
+
+    async def __call__(self, *arguments):
+        try:
+            await super().__call__(*arguments)
+        finally:
+            self.thread.cancel(self.job)
+
+
+async def events(job, answer):
+    """Yield the pieces of a request as server-sent events; several in one string if the client is slower."""
+    has_usage = job.request.stream_options.get("include_usage")
+    answer |= {"usage": None} if has_usage else {}
+    try:
+        async for pieces in job.arrived():
+            yield "".join(event(answer | {"choices": [piece]}) for piece in pieces)
+        if has_usage:
+            yield event(answer | {"choices": [], "usage": job.usage()})
+        yield "data: [DONE]\n\n"
+    except ApiError as error:
+        yield event(error.body)
+
+
+def event(data):
+    return f"data: {json.dumps(data)}\n\n"
+
+
+async def read_body(request):
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY:
+            raise ApiError(413, f"the body has more than {MAX_BODY} bytes", headers={"Connection": "close"})
+    return body
+
+
+async def put_disconnect(request, job):
+    """Put an error into the pieces of a request when its client leaves."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    job.pieces.put_nowait(ClientDisconnect())
+
+
+def respond(_, error):
+    """Return the response for an exception of an endpoint."""
+    if not isinstance(error, ApiError):
+        status, message = getattr(error, "status_code", 500), getattr(error, "detail", "the server failed")
+        error = ApiError(status, message, headers=getattr(error, "headers", None))
+    return JSONResponse(error.body, error.status, error.headers)

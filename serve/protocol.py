@@ -1,0 +1,122 @@
+"""OpenAI's protocol for completions: errors, the fields of a request, their checks."""
+
+import json
+import types
+
+from gpt2 import check_context
+from weights.errors import UserError, quote
+
+MAX_CHOICES, MAX_STOPS, MAX_STOP_LENGTH = 128, 4, 200  # prompts times n; stop strings, characters
+TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+
+
+class ApiError(Exception):
+    """An error that the client receives in OpenAI's shape."""
+
+    def __init__(self, status, message, param=None, code=None, headers=None):
+        super().__init__(message)
+        self.status, self.headers = status, headers
+        kind = TYPES.get(status, "invalid_request_error")
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def number(low, high, types=(int, float)):
+    """Return a check for numbers from low to high, which NaN and booleans fail, and its description."""
+    kind = "an integer" if types == (int,) else "a number"
+    return lambda x: type(x) in types and low <= x <= high, f"{kind} from {low} to {high}"
+
+
+def is_ids(value):
+    return isinstance(value, list) and len(value) > 0 and all(type(i) is int for i in value)
+
+
+def is_prompt(value):
+    return all(isinstance(prompt, str) or is_ids(prompt) for prompt in as_list(value)) and value != []
+
+
+def is_stop(value):
+    stops = as_list(value)
+    return len(stops) <= MAX_STOPS and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stops)
+
+
+def as_list(value):
+    """Return a list of prompts or stop strings; one alone becomes a list of one."""
+    return value if isinstance(value, list) and not is_ids(value) else [value]
+
+
+STRING, BOOLEAN = (lambda x: isinstance(x, str), "a string"), (lambda x: isinstance(x, bool), "true or false")
+USAGE = "an object with include_usage, true or false"
+FIELDS = {  # the default of each field, whether a value is valid, and the description of valid values
+    "model": (None, *STRING),
+    "prompt": ("", is_prompt, "a string, an array of strings, an array of token ids, or an array of those"),
+    "max_tokens": (16, *number(0, 2**31, (int,))),
+    "temperature": (1, *number(0, 2)),
+    "top_p": (1, *number(0, 1)),
+    "top_k": (0, *number(0, 2**31, (int,))),
+    "n": (1, *number(1, MAX_CHOICES, (int,))),
+    "seed": (None, *number(-(2**63), 2**63 - 1, (int,))),
+    "stop": ([], is_stop, f"up to {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters"),
+    "logprobs": (None, *number(0, 20, (int,))),
+    "echo": (False, *BOOLEAN),
+    "stream": (False, *BOOLEAN),
+    "stream_options": ({}, lambda x: x in ({}, {"include_usage": True}, {"include_usage": False}), USAGE),
+    "user": ("", *STRING),  # has no effect
+}
+
+
+def parse_object(body):
+    """Return the JSON object that some bytes are. Raises ApiError."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ApiError(400, "the body is not a JSON object")
+    return found
+
+
+def parse_request(body, encoder, limits):
+    """Return the fields of a request as attributes, with a list of lists of ids as prompt. Raises ApiError.
+
+    Null is the default. A field that is not in FIELDS may be null, 0, false or empty: it then asks for nothing.
+    """
+    given = {name: value for name, value in parse_object(body).items() if value is not None}
+    if unsupported := [quote(name) for name, value in given.items() if name not in FIELDS and value]:
+        raise ApiError(400, f"not supported here: {', '.join(unsupported[:10])}; leave it out", unsupported[0])
+    for name in given.keys() & FIELDS.keys():
+        _, is_valid, description = FIELDS[name]
+        if not is_valid(given[name]):
+            raise ApiError(400, f"{name} is {quote(given[name])}; it must be {description}", name)
+    request = types.SimpleNamespace(**{name: given.get(name, default) for name, (default, *_) in FIELDS.items()})
+    if request.stream_options and not request.stream:
+        raise ApiError(400, "stream_options needs stream: true", "stream_options")
+    request.stop, prompts = as_list(request.stop), as_list(request.prompt)
+    if len(prompts) * request.n > MAX_CHOICES:
+        raise ApiError(400, f"{len(prompts)} prompts times n = {request.n} are more than {MAX_CHOICES}", "n")
+    request.prompts = [prompt_ids(prompt, encoder, limits, request.max_tokens) for prompt in prompts]
+    return request
+
+
+def prompt_ids(prompt, encoder, limits, n_new):
+    """Return the token ids of a prompt, to which n_new will be added. Raises ApiError if it is not valid or too long."""
+    n_ctx, n_vocab = limits["n_ctx"], limits["n_vocab"]
+    try:
+        if isinstance(prompt, str):
+            check_context(len(prompt) // limits["n_bytes"], n_new, n_ctx)  # encoding a text that is far too long takes seconds
+            prompt = encoder.encode(prompt) or encoder.start_ids()
+        check_context(len(prompt), n_new, n_ctx)
+    except UserError as error:
+        raise ApiError(400, str(error), "prompt") from None
+    except ValueError as error:
+        raise ApiError(400, str(error), "max_tokens", "context_length_exceeded") from None
+    if wrong := [i for i in prompt if not 0 <= i < n_vocab]:
+        raise ApiError(400, f"{quote(wrong[0])} is not a token id; these are from 0 to {n_vocab - 1}", "prompt")
+    return prompt
+
+
+def parse_ids(body, limits):
+    """Return the token ids of a request for an explanation. Raises ApiError."""
+    ids = parse_object(body).get("ids")
+    if not is_ids(ids) or len(ids) > limits["n_ctx"] or not all(0 <= i < limits["n_vocab"] for i in ids):
+        raise ApiError(400, f"ids must be an array of token ids, at most {limits['n_ctx']}", "ids")
+    return ids
