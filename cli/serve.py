@@ -1,6 +1,7 @@
 """The command line of serve.py."""
 
 import contextlib
+import ipaddress
 import logging
 import os
 import signal
@@ -14,6 +15,7 @@ from utils import load_encoder_hparams_and_params
 from weights.errors import UserError
 from weights.resources import check_memory
 
+MAX_CONNECTIONS = 1000
 GRACE = 5  # seconds for running requests to finish after Ctrl-C
 
 
@@ -64,13 +66,15 @@ def serve(options):
     """Load the model and serve it until Ctrl-C or SIGTERM."""
     check_options(options)
     with listen(options.host, options.port) as listener:
-        app, thread = make_app(options)
         host, port = listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        print(f"serving {options.model_size} on http://{shown}:{port} (Ctrl-C stops)", file=sys.stderr, flush=True)
+        options.is_loopback = ipaddress.ip_address(host.partition("%")[0]).is_loopback
+        if not (options.is_loopback or options.api_key):
+            print("note: everyone who reaches this machine can use the server; set GPT2_API_KEY", file=sys.stderr)
+        app, thread = make_app(options)
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         thread.start()
         try:
-            run_server(app, thread, listener)
+            run_server(app, thread, listener, f"serving {options.model_size} on {url} (Ctrl-C stops)")
         finally:
             thread.stop()
             thread.join()
@@ -130,11 +134,9 @@ class Traces(logging.Formatter):
         return "".join([*traceback.format_tb(info[2]), info[0].__name__])
 
 
-def run_server(app, thread, listener):
-    """Run uvicorn until Ctrl-C or SIGTERM, then up to GRACE seconds for the running requests."""
+def run_server(app, thread, listener, message):
+    """Run uvicorn until Ctrl-C or SIGTERM, then up to GRACE seconds for the running requests. message: when it runs."""
     import uvicorn
-
-    from serve.connection import Connection
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
@@ -142,6 +144,10 @@ def run_server(app, thread, listener):
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self.handle_exit)
             yield
+
+        async def startup(self, sockets=None):
+            await super().startup(sockets)
+            print(message, file=sys.stderr, flush=True)
 
         async def shutdown(self, sockets=None):
             import asyncio
@@ -152,15 +158,15 @@ def run_server(app, thread, listener):
     handler = logging.StreamHandler()
     handler.setFormatter(Traces())
     logging.basicConfig(handlers=[handler])
-    config = uvicorn.Config(
-        app,
-        http=Connection,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        limit_concurrency=1000,
-        timeout_graceful_shutdown=GRACE + 5,
-    )
-    Server(config).run([listener])
+    Server(make_config(app)).run([listener])
+
+
+def make_config(app):
+    """Return uvicorn's settings: its limits, and no log of requests."""
+    import uvicorn
+
+    from serve.connection import Connection
+
+    options = {"lifespan": "off", "ws": "none", "log_config": None, "access_log": False, "server_header": False}
+    limits = {"limit_concurrency": MAX_CONNECTIONS, "timeout_graceful_shutdown": GRACE + 5}
+    return uvicorn.Config(app, http=Connection, **options, **limits)

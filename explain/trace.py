@@ -48,7 +48,7 @@ def logit_lens(hidden, ln_f, wte):  # [..., n_embd] -> [..., n_vocab]
 
 
 def predict_by_layer(hidden, params):
-    """Yield for the embeddings and each layer, for each position, a list of the K most likely next (id, probability)."""
+    """Yield for the embeddings and each layer, for each position, the K most likely next (id, probability)."""
     for states in hidden:
         logits = logit_lens(states, params["ln_f"], params["wte"])
         yield [list(zip(*most_likely(row, K), strict=True)) for row in logits]

@@ -20,7 +20,7 @@ from serve.protocol import ApiError, parse_ids, parse_request
 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page.html")
 MAX_BODY = 2**20  # bytes
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 PAGE_HEADERS = {"Content-Security-Policy": "frame-ancestors 'none'", "Cache-Control": "no-store"}
 
 
@@ -34,7 +34,7 @@ class App(Starlette):
         self.name, self.encoder, self.thread = name, encoder, thread
         self.limits = hparams | {"n_bytes": max(map(len, encoder.encoder))}  # of the longest token
         self.page, self.explain, self.options, self.explaining = page, explain, options, asyncio.Lock()
-        get = {"/": self.get_page, "/v1/models": self.get_models, "/v1/models/{name:path}": self.get_models}
+        get = {"/": self.get_page, "/v1/models": self.get_models}
         post = {"/v1/completions": self.complete, "/v1/chat/completions": self.chat, "/explain": self.post_explain}
         routes = [Route(path, self.checked(f), methods=["GET"]) for path, f in get.items()]
         routes += [Route(path, self.checked(f), methods=["POST"]) for path, f in post.items()]
@@ -48,7 +48,7 @@ class App(Starlette):
 
         async def endpoint(request):
             host, origin = request.headers.get("host", ""), request.headers.get("origin")
-            if self.options.host in LOOPBACK and re.sub(r":\d+$", "", host) not in LOOPBACK:
+            if self.options.is_loopback and re.sub(r":\d+$", "", host) not in (*LOOPBACK, self.options.host):
                 raise ApiError(403, "the Host header does not name this server")
             if origin not in (None, self.options.allow_origin) and origin.partition("://")[2] != host:
                 raise ApiError(403, "the Origin header names another website; see --allow_origin")
@@ -63,17 +63,9 @@ class App(Starlette):
     async def get_page(self, _):
         return HTMLResponse(self.page, headers=PAGE_HEADERS)
 
-    async def get_models(self, request):
-        """Answer /v1/models, and /v1/models/NAME."""
+    async def get_models(self, _):
         model = {"id": self.name, "object": "model", "created": 0, "owned_by": "user"}
-        if "name" not in request.path_params:
-            return JSONResponse({"object": "list", "data": [model]})
-        self.check_model(request.path_params["name"])
-        return JSONResponse(model)
-
-    def check_model(self, name):
-        if name not in (None, self.name):
-            raise ApiError(404, f"the only model here is {self.name}", "model", "model_not_found")
+        return JSONResponse({"object": "list", "data": [model]})
 
     async def chat(self, _):
         raise ApiError(404, "GPT-2 is not a chat model: it continues texts; use /v1/completions", code="not_found")
@@ -88,7 +80,8 @@ class App(Starlette):
 
     async def complete(self, request):
         asked = await asyncio.to_thread(parse_request, await read_body(request), self.encoder, self.limits)
-        self.check_model(asked.model)
+        if asked.model not in (None, self.name):
+            raise ApiError(404, f"the only model here is {self.name}", "model", "model_not_found")
         job = Job(asked, self.encoder, self.options.timeout)
         self.thread.submit(job)
         answer = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time())}
@@ -97,7 +90,7 @@ class App(Starlette):
             return EventStream(job, self.thread, events(job, answer))
         watch = asyncio.create_task(put_disconnect(request, job))
         try:
-            choices = [piece async for pieces in job.arrived() for piece in pieces]
+            choices = [piece async for pieces in job.arriving() for piece in pieces]
         finally:
             watch.cancel()
             self.thread.cancel(job)
@@ -124,7 +117,7 @@ async def events(job, answer):
     has_usage = job.request.stream_options.get("include_usage")
     answer |= {"usage": None} if has_usage else {}
     try:
-        async for pieces in job.arrived():
+        async for pieces in job.arriving():
             yield "".join(event(answer | {"choices": [piece]}) for piece in pieces)
         if has_usage:
             yield event(answer | {"choices": [], "usage": job.usage()})

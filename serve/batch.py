@@ -15,27 +15,28 @@ from serve.protocol import ApiError
 
 
 class Job:
-    """A request in the batch. choices: those of each prompt. Their pieces arrive in the event loop that created it."""
+    """A request in the batch. Pieces of its choices arrive in the event loop that created it."""
 
     def __init__(self, request, encoder, seconds):
         self.request, self.is_cancelled, self.deadline = request, False, time.monotonic() + seconds
+        self.choices = [Choice(i, encoder, request) for i in range(len(request.prompts) * request.n)]
         self.loop, self.pieces = asyncio.get_running_loop(), asyncio.Queue()
-        seeds = [None if request.seed is None else (request.seed + i) % 2**64 for i in range(request.n)]
-        self.choices = [
-            [Choice(p * request.n + i, encoder, seed, request) for i, seed in enumerate(seeds)]
-            for p in range(len(request.prompts))
-        ]
 
-    async def arrived(self):
-        """Yield lists of the pieces that have arrived until all choices are complete. Raises ApiError."""
-        n_open = len(self.request.prompts) * self.request.n
+    def send(self, piece):
+        """Send a piece, or an exception in its place; called by the thread."""
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits
+            self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
+
+    async def arriving(self):
+        """Yield lists of the pieces that have arrived, until all choices are complete. Raises ApiError."""
+        n_open = len(self.choices)
         while n_open:
             try:
                 async with asyncio.timeout(self.deadline - time.monotonic()):
                     pieces = [await self.pieces.get()]
-            except TimeoutError:  # the header tells OpenAI's client not to ask again
-                headers = {"x-should-retry": "false"}
-                raise ApiError(504, "this takes longer than --timeout allows", headers=headers) from None
+            except TimeoutError:
+                message, headers = "this takes longer than --timeout allows", {"x-should-retry": "false"}  # OpenAI's
+                raise ApiError(504, message, headers=headers) from None
             pieces += [self.pieces.get_nowait() for _ in range(self.pieces.qsize())]
             for error in (piece for piece in pieces if isinstance(piece, Exception)):
                 raise error
@@ -43,21 +44,18 @@ class Job:
             yield pieces
 
     def usage(self):
-        """Return the numbers of tokens of the prompts and of the complete choices."""
-        n_prompt = sum(map(len, self.request.prompts))
-        n_new = sum(choice.n_generated for choices in self.choices for choice in choices)
+        """Return the numbers of tokens."""
+        n_prompt, n_new = sum(map(len, self.request.prompts)), sum(choice.n_generated for choice in self.choices)
         return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
 
 
 class BatchThread(threading.Thread):
-    """A batch, and a queue of up to max_queue requests whose rows wait to join it."""
+    """A batch of up to max_rows rows, and a queue of up to max_queue requests whose rows wait to join it."""
 
     def __init__(self, model, params, n_head, stop_id, max_rows, max_queue):
         super().__init__(daemon=True)
         self.batch, self.stop_id, self.max_queue = Batch(params, n_head, max_rows, model), stop_id, max_queue
         self.waiting, self.pending, self.wake, self.is_stopped = collections.deque(), iter(()), threading.Event(), False
-
-    # Called by the event loop
 
     def submit(self, job):
         """Append a request to the queue. Raises ApiError if the queue is full."""
@@ -77,20 +75,28 @@ class BatchThread(threading.Thread):
         self.is_stopped = True
         self.wake.set()
 
-    # Called by the thread
-
     def run(self):
         while not self.is_stopped:
             try:
-                send(list(self.pieces(self.batch.step(self.joining_rows()))))
+                for row in self.batch.step(self.joining_rows()):
+                    self.update(row, *row.key)
             except Exception:  # damaged weights, or no memory: these requests fail, and the server goes on
                 logging.exception("a pass failed")
                 self.fail(ApiError(500, "the server cannot compute this"))
         self.fail(ApiError(503, "the server is shutting down"))
-        send([(job, ApiError(503, "the server is shutting down")) for job in self.waiting])
+
+    @staticmethod
+    def update(row, job, choice):
+        """Send what a row has to send: of a stream after each token, of others at the end."""
+        choice.update(row)
+        if row.stop_reason or (job.request.stream and choice.n_safe > choice.n_sent):
+            job.send(choice.take(row.stop_reason))
+        elif job.is_cancelled:
+            row.stop_reason = "cancelled"
 
     def fail(self, error):
-        send([(row.key[0], error) for row in self.batch.rows])
+        for job in {row.key[0] for row in self.batch.rows} | (set(self.waiting) if self.is_stopped else set()):
+            job.send(error)
         self.batch.rows, self.pending = [], iter(())
 
     def joining_rows(self):
@@ -106,17 +112,17 @@ class BatchThread(threading.Thread):
                 return
 
     def next_job(self, may_wait):
-        """Return the oldest request in the queue, None if there is none."""
         while may_wait and not (self.waiting or self.is_stopped):
             self.wake.wait()
             self.wake.clear()
-        with contextlib.suppress(IndexError):
+        with contextlib.suppress(IndexError):  # none waits, or the last one was just cancelled
             return self.waiting.popleft()
 
     def rows_of(self, job):
         """Yield the rows of a request until it is cancelled. The key of a row is its job and its choice."""
         batch, request = self.batch, job.request
-        for ids, choices in zip(request.prompts, job.choices, strict=True):
+        for i, ids in enumerate(request.prompts):
+            choices = job.choices[i * request.n : (i + 1) * request.n]
             prompt = None, ids, [choice.choose for choice in choices]
             rows = new_rows([prompt], batch.params, request.max_tokens, self.stop_id, batch.model)
             for row, choice in zip(rows, choices, strict=True):
@@ -128,31 +134,10 @@ class BatchThread(threading.Thread):
                 yield row
 
     def echo(self, prompt, n_top, choices):
-        """Give a prompt that is not computed yet to its choices."""
+        """Give a prompt to its choices. With log-probabilities, this computes the prompt."""
         scores = [(None, None)] * len(prompt.ids)
         if n_top is not None:
             logits = score_prompt(prompt, self.batch.params, self.batch.n_head, self.batch.model)
             scores[1:] = [log_probabilities(*pair, n_top) for pair in zip(logits, prompt.ids[1:], strict=True)]
         for choice in choices:
             choice.add_prompt(prompt.ids, scores)
-
-    @staticmethod
-    def pieces(rows):
-        """Yield (job, piece) of each row: of a stream after each token, of others at the end."""
-        for row in rows:
-            job, choice = row.key
-            choice.update(row)
-            if row.stop_reason or (job.request.stream and choice.n_safe > choice.n_sent):
-                yield job, choice.take(row.stop_reason)
-            row.stop_reason = row.stop_reason or ("cancelled" if job.is_cancelled else None)
-
-
-def send(pieces):
-    """Put pieces into the queues of their jobs, in one call of the event loop."""
-    def deliver():
-        for job, piece in pieces:
-            job.pieces.put_nowait(piece)
-
-    if pieces:
-        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits
-            pieces[0][0].loop.call_soon_threadsafe(deliver)

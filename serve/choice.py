@@ -9,38 +9,38 @@ from sampling import make_sampler
 
 
 class Choice:
-    """A continuation, the i-th of a request."""
+    """A continuation, OpenAI's "choice": the tokens of a row, as text and with log-probabilities."""
 
-    def __init__(self, index, encoder, seed, request):
-        self.index, self.encoder, self.n_top = index, encoder, request.logprobs
+    def __init__(self, index, encoder, request):
+        seed = None if request.seed is None else (request.seed + index % request.n) % 2**64
         self.sample = make_sampler(request.temperature, request.top_k, request.top_p, seed)
         self.stop = regex.compile("|".join(map(regex.escape, request.stop))) if request.stop else None
+        self.index, self.encoder, self.n_top = index, encoder, request.logprobs
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.text, self.n_sent, self.n_safe = "", 0, 0  # characters that are sent, and that may be sent
         self.tokens, self.scores, self.n_generated = [], (None, None), 0
 
     def choose(self, logits):  # [n_vocab] -> one id
         """Sample a token: the sampler of the row."""
-        token_id = self.sample(logits)
+        token_id = int(self.sample(logits))
         if self.n_top is not None:
             self.scores = log_probabilities(logits, token_id, self.n_top)
         return token_id
 
-    def add(self, token_id, scores):
-        """Append a token. scores: what log_probabilities returns, (None, None) for the first token of a prompt."""
-        self.tokens.append((len(self.text), token_id, *scores))
-        self.text += self.decoder.decode(self.encoder.token_bytes(token_id))
+    def add(self, ids, scores):
+        """Append tokens. scores: what log_probabilities returns of each; (None, None) for the first of a prompt."""
+        for token_id, of_token in zip(ids, scores, strict=True):
+            self.tokens.append((len(self.text), token_id, *of_token))
+            self.text += self.decoder.decode(self.encoder.token_bytes(token_id))
 
     def add_prompt(self, ids, scores):
         """Append the prompt, in which no stop string is looked for."""
-        for token in zip(ids, scores, strict=True):
-            self.add(*token)
+        self.add(ids, scores)
         self.n_safe = len(self.text)
 
     def update(self, row):
-        """Append the row's newest token; end the row at a stop string."""
-        if len(row.ids) > self.n_generated:
-            self.add(row.new_id, self.scores)
+        """Append the row's new token, if it has one; end the row at a stop string."""
+        self.add(row.ids[self.n_generated :], [self.scores] * (len(row.ids) - self.n_generated))
         self.n_generated = len(row.ids)
         if row.stop_reason:
             self.text += self.decoder.decode(b"", final=True)
@@ -51,19 +51,15 @@ class Choice:
 
     def take(self, stop_reason):
         """Return what may be sent since the last call, as an element of OpenAI's `choices`."""
-        text, self.n_sent = self.text[self.n_sent : self.n_safe], self.n_safe
-        tokens = [token for token in self.tokens if token[0] < self.n_safe]  # of those in a stop string, none
-        self.tokens = self.tokens[len(tokens) :]
-        logprobs = None if self.n_top is None else self.logprobs(tokens)
-        reason = stop_reason and ("length" if stop_reason == "length" else "stop")
-        return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-
-    def logprobs(self, tokens):
-        """Return the log-probabilities in OpenAI's shape; token_ids is an addition."""
-        offsets, ids, logprobs, tops = map(list, zip(*tokens, strict=True)) if tokens else ([], [], [], [])
-        tops = [top and {self.name(i): logprob for i, logprob in top} for top in tops]
-        found = {"tokens": list(map(self.name, ids)), "token_ids": ids, "token_logprobs": logprobs}
-        return found | {"top_logprobs": tops, "text_offset": offsets}
+        tokens = [token for token in self.tokens if token[0] < self.n_safe]
+        piece = {"index": self.index, "text": self.text[self.n_sent : self.n_safe], "logprobs": None}
+        self.n_sent, self.tokens = self.n_safe, self.tokens[len(tokens) :]
+        if self.n_top is not None:
+            offsets, ids, logprobs, tops = map(list, zip(*tokens, strict=True)) if tokens else ([], [], [], [])
+            names, tops = [self.name(i) for i in ids], [top and {self.name(i): p for i, p in top} for top in tops]
+            piece["logprobs"] = {"tokens": names, "token_ids": ids, "token_logprobs": logprobs}  # token_ids: ours
+            piece["logprobs"] |= {"top_logprobs": tops, "text_offset": offsets}
+        return piece | {"finish_reason": stop_reason and ("length" if stop_reason == "length" else "stop")}
 
     def name(self, token_id):
         r"""Return the text of a token, or OpenAI's name of bytes that are not UTF-8: bytes:\xe4."""

@@ -7,7 +7,7 @@ from gpt2 import check_context
 from weights.errors import UserError, quote
 
 MAX_CHOICES, MAX_STOPS, MAX_STOP_LENGTH = 128, 4, 200  # prompts times n; stop strings, characters
-TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
@@ -16,7 +16,7 @@ class ApiError(Exception):
     def __init__(self, status, message, param=None, code=None, headers=None):
         super().__init__(message)
         self.status, self.headers = status, headers
-        kind = TYPES.get(status, "invalid_request_error")
+        kind = "server_error" if status >= 500 else TYPES.get(status, "invalid_request_error")
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -81,8 +81,9 @@ def parse_request(body, encoder, limits):
     Null is the default. A field that is not in FIELDS may be null, 0, false or empty: it then asks for nothing.
     """
     given = {name: value for name, value in parse_object(body).items() if value is not None}
-    if unsupported := [quote(name) for name, value in given.items() if name not in FIELDS and value]:
-        raise ApiError(400, f"not supported here: {', '.join(unsupported[:10])}; leave it out", unsupported[0])
+    if unsupported := [name for name, value in given.items() if name not in FIELDS and value]:
+        names = ", ".join(map(quote, unsupported[:10]))
+        raise ApiError(400, f"this server does not support {names}; leave it out", unsupported[0][:60])
     for name in given.keys() & FIELDS.keys():
         _, is_valid, description = FIELDS[name]
         if not is_valid(given[name]):
@@ -98,11 +99,11 @@ def parse_request(body, encoder, limits):
 
 
 def prompt_ids(prompt, encoder, limits, n_new):
-    """Return the token ids of a prompt, to which n_new will be added. Raises ApiError if it is not valid or too long."""
+    """Return the token ids of a prompt, which n_new will follow. Raises ApiError if it is invalid or too long."""
     n_ctx, n_vocab = limits["n_ctx"], limits["n_vocab"]
     try:
         if isinstance(prompt, str):
-            check_context(len(prompt) // limits["n_bytes"], n_new, n_ctx)  # encoding a text that is far too long takes seconds
+            check_context(len(prompt) // limits["n_bytes"], 0, n_ctx)  # encoding much longer texts would take seconds
             prompt = encoder.encode(prompt) or encoder.start_ids()
         check_context(len(prompt), n_new, n_ctx)
     except UserError as error:
