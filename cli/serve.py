@@ -9,7 +9,7 @@ import socket
 import sys
 
 from cli.engine import add_engine_options, check_engine_options, model_and_params
-from cli.options import Parser, exit_code, parse_count, parse_positive, parse_positive_rate, parse_up_to
+from cli.options import Parser, exit_code, parse_count, parse_positive_rate, parse_up_to
 from encoder import END_OF_TEXT
 from utils import load_encoder_hparams_and_params
 from weights.errors import UserError

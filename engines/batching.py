@@ -150,9 +150,9 @@ class Batch:
         self.params, self.n_head, self.max_rows, self.model, self.rows = params, n_head, max_rows, model, []
 
     def step(self, waiting):
-        """Let rows of the iterator `waiting` join, and append a token to each row; return all rows, those that leave too.
+        """Let rows of the iterator `waiting` join, and append a token to each row; return all of them.
 
-        A row leaves if its stop_reason is set, here or by the caller.
+        A row leaves in the next step if its stop_reason is set, here or by the caller.
         """
         self.rows = [row for row in self.rows if not row.stop_reason]
         started = list(islice(waiting, self.max_rows - len(self.rows)))

@@ -48,24 +48,28 @@ function token(id) {
 const tokenAt = (position) => token(data.ids[position]);
 const bar = (value) => makeValue("span", "", "bar", value);
 
-function choice(group, value, content, label) { // a radio button that sets selected[group]
+function choice(group, value, content, label, className = "choice") { // a radio button that sets selected[group]
   const input = make("input", "");
   Object.assign(input, {type: "radio", name: group, value, checked: selected[group] === value});
   input.setAttribute("aria-label", label);
   input.addEventListener("change", () => select(group, value));
-  return make("label", [input, ...content], "choice");
+  return make("label", [input, ...content], className);
 }
 
-function select(group, value) {
+let ready = async () => true; // called before the selection is shown: a page may load it, or return false
+
+async function select(group, value) {
   selected[group] = value;
   for (const input of document.getElementsByName(group)) input.checked = Number(input.value) === value;
+  if (!await ready(group)) return;
   if (group === "layer") showHeads();
   if (group === "position") showPosition();
   showAttention();
 }
 
 function scrollToSelectedToken() { // if the tokens have more rows than are visible
-  const list = $("#tokens"), label = $("#tokens :checked").parentElement, margin = 8;
+  const list = $("#tokens"), label = $("#tokens :checked")?.parentElement, margin = 8;
+  if (!label) return;
   const top = label.offsetTop - margin, bottom = label.offsetTop + label.offsetHeight + margin;
   list.scrollTop = Math.min(Math.max(list.scrollTop, bottom - list.clientHeight), top);
 }
@@ -75,6 +79,11 @@ function showLayers() {
     choice("layer", i, [String(i + 1)], `layer ${i + 1} of ${nLayer}`)));
 }
 
+function showNext(tokens) { // [element, probability, whether it is the token that follows]
+  $("#next").replaceChildren(...tokens.map(([element, p, isActual]) => make("li", [
+    make("span", element, isActual ? "actual" : ""), bar(p), make("span", percent(p), "number")])));
+}
+
 function showPosition() {
   scrollToSelectedToken();
   const {position} = selected, layers = data.next.map((positions) => positions[position]), last = layers.at(-1);
@@ -82,8 +91,7 @@ function showPosition() {
   const [first, probability] = last[0];
   $("#summary").textContent =
     `Token ${position + 1} of ${n}; most likely next: ${data.text[first]}, ${percent(probability)}`;
-  $("#next").replaceChildren(...last.map(([id, p]) => make("li", [
-    make("span", token(id), id === data.ids[position + 1] ? "actual" : ""), bar(p), make("span", percent(p), "number")])));
+  showNext(last.map(([id, p]) => [token(id), p, id === data.ids[position + 1]]));
   $("#lens tbody").replaceChildren(...layers.map((tokens, i) => {
     const name = make("th", String(i));
     name.scope = "row";

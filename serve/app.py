@@ -65,6 +65,7 @@ class App(Starlette):
 
     async def get_models(self, _):
         model = {"id": self.name, "object": "model", "created": 0, "owned_by": "user"}
+        model["max_model_len"] = self.limits["n_ctx"]  # not OpenAI's, but other servers' too
         return JSONResponse({"object": "list", "data": [model]})
 
     async def chat(self, _):

@@ -7,10 +7,34 @@ import threading
 import time
 import types
 
+import numpy as np
+
 from cli.serve import listen, make_config
+from engines.instance import new_instance
+from tests.programs import SECONDS
 
 OPTIONS = {"engine": "numpy", "dtype": "float32", "api_key": None, "max_rows": 4, "max_queue": 64, "timeout": 60.0}
 OPTIONS |= {"host": "127.0.0.1", "is_loopback": True, "allow_origin": None}
+
+
+class Gate:
+    """A model whose passes wait until the test lets them through."""
+
+    def __init__(self):
+        self.model, self.passes = new_instance(), threading.Semaphore(0)
+        self.KVCache, self.is_broken = self.model.KVCache, False
+
+    def gpt2(self, *arguments, **options):
+        assert self.passes.acquire(timeout=SECONDS)
+        logits = self.model.gpt2(*arguments, **options)
+        return logits * np.nan if self.is_broken else logits
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 @contextlib.contextmanager
@@ -29,8 +53,7 @@ def serving(models_dir, model_size="tiny", model=None, **options):
         batch.start()
         thread.start()
         try:
-            while not server.started:
-                time.sleep(0.01)
+            wait_until(lambda: server.started)
             yield types.SimpleNamespace(port=listener.getsockname()[1], batch=batch)
         finally:
             server.should_exit = server.force_exit = True
