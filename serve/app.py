@@ -8,6 +8,7 @@ import secrets
 import time
 
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -16,12 +17,11 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from serve.batch import Job
-from serve.protocol import ApiError, parse_ids, parse_request
+from serve.protocol import ApiError, parse_request
 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page.html")
 MAX_BODY = 2**20  # bytes
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-PAGE_HEADERS = {"Content-Security-Policy": "frame-ancestors 'none'", "Cache-Control": "no-store"}
 
 
 class App(Starlette):
@@ -34,10 +34,10 @@ class App(Starlette):
         self.name, self.encoder, self.thread = name, encoder, thread
         self.limits = hparams | {"n_bytes": max(map(len, encoder.encoder))}  # of the longest token
         self.page, self.explain, self.options, self.explaining = page, explain, options, asyncio.Lock()
-        get = {"/": self.get_page, "/v1/models": self.get_models}
         post = {"/v1/completions": self.complete, "/v1/chat/completions": self.chat, "/explain": self.post_explain}
-        routes = [Route(path, self.checked(f), methods=["GET"]) for path, f in get.items()]
-        routes += [Route(path, self.checked(f), methods=["POST"]) for path, f in post.items()]
+        get = {"/": self.get_page, "/v1/models": self.get_models}
+        routes = [Route(path, self.checked(endpoint), methods=["POST"]) for path, endpoint in post.items()]
+        routes += [Route(path, self.checked(endpoint), methods=["GET"]) for path, endpoint in get.items()]
         cors = {"allow_origins": [options.allow_origin], "allow_methods": ["*"], "allow_headers": ["*"]}
         middleware = [Middleware(CORSMiddleware, **cors)] if options.allow_origin else []
         handlers = dict.fromkeys((ApiError, HTTPException, ClientDisconnect, Exception), respond)
@@ -61,7 +61,7 @@ class App(Starlette):
         return endpoint
 
     async def get_page(self, _):
-        return HTMLResponse(self.page, headers=PAGE_HEADERS)
+        return HTMLResponse(self.page, headers={"Content-Security-Policy": "frame-ancestors 'none'"})
 
     async def get_models(self, _):
         model = {"id": self.name, "object": "model", "created": 0, "owned_by": "user"}
@@ -72,12 +72,12 @@ class App(Starlette):
         raise ApiError(404, "GPT-2 is not a chat model: it continues texts; use /v1/completions", code="not_found")
 
     async def post_explain(self, request):
-        """Answer what the model computes for token ids, one request at a time."""
-        ids = parse_ids(await read_body(request), self.limits)
+        """Answer what the model computes for the prompt of a completion, one request at a time."""
+        asked = parse_request(await read_body(request), self.encoder, self.limits)
         if self.explaining.locked():
             raise ApiError(429, "another explanation is being computed", headers={"Retry-After": "1"})
         async with self.explaining:
-            return Response(await asyncio.to_thread(self.explain, ids), media_type="application/json")
+            return Response(await asyncio.to_thread(self.explain, asked.prompts[0]), media_type="application/json")
 
     async def complete(self, request):
         asked = await asyncio.to_thread(parse_request, await read_body(request), self.encoder, self.limits)
@@ -88,7 +88,8 @@ class App(Starlette):
         answer = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time())}
         answer |= {"model": self.name}
         if asked.stream:
-            return EventStream(job, self.thread, events(job, answer))
+            leave = BackgroundTask(self.thread.cancel, job)  # runs at the end, and when the client leaves
+            return StreamingResponse(events(job, answer), media_type="text/event-stream", background=leave)
         watch = asyncio.create_task(put_disconnect(request, job))
         try:
             choices = [piece async for pieces in job.arriving() for piece in pieces]
@@ -97,20 +98,6 @@ class App(Starlette):
             self.thread.cancel(job)
         choices.sort(key=lambda choice: choice["index"])
         return JSONResponse(answer | {"choices": choices, "usage": job.usage()})
-
-
-class EventStream(StreamingResponse):
-    """A response of server-sent events. Its request leaves the batch when it ends, and when the client leaves."""
-
-    def __init__(self, job, thread, content):
-        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self.job, self.thread = job, thread
-
-    async def __call__(self, *arguments):
-        try:
-            await super().__call__(*arguments)
-        finally:
-            self.thread.cancel(self.job)
 
 
 async def events(job, answer):

@@ -82,8 +82,8 @@ class BatchThread(threading.Thread):
                     self.update(row, *row.key)
             except Exception:  # damaged weights, or no memory: these requests fail, and the server goes on
                 logging.exception("a pass failed")
-                self.fail(ApiError(500, "the server cannot compute this"))
-        self.fail(ApiError(503, "the server is shutting down"))
+                self.fail([], ApiError(500, "the server cannot compute this"))
+        self.fail(self.waiting, ApiError(503, "the server is shutting down"))
 
     @staticmethod
     def update(row, job, choice):
@@ -94,8 +94,8 @@ class BatchThread(threading.Thread):
         elif job.is_cancelled:
             row.stop_reason = "cancelled"
 
-    def fail(self, error):
-        for job in {row.key[0] for row in self.batch.rows} | (set(self.waiting) if self.is_stopped else set()):
+    def fail(self, waiting, error):
+        for job in {row.key[0] for row in self.batch.rows}.union(waiting):
             job.send(error)
         self.batch.rows, self.pending = [], iter(())
 
@@ -140,4 +140,5 @@ class BatchThread(threading.Thread):
             logits = score_prompt(prompt, self.batch.params, self.batch.n_head, self.batch.model)
             scores[1:] = [log_probabilities(*pair, n_top) for pair in zip(logits, prompt.ids[1:], strict=True)]
         for choice in choices:
-            choice.add_prompt(prompt.ids, scores)
+            choice.add(prompt.ids, scores)
+            choice.n_safe = len(choice.text)  # stop strings are looked for after the prompt

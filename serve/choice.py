@@ -33,11 +33,6 @@ class Choice:
             self.tokens.append((len(self.text), token_id, *of_token))
             self.text += self.decoder.decode(self.encoder.token_bytes(token_id))
 
-    def add_prompt(self, ids, scores):
-        """Append the prompt, in which no stop string is looked for."""
-        self.add(ids, scores)
-        self.n_safe = len(self.text)
-
     def update(self, row):
         """Append the row's new token, if it has one; end the row at a stop string."""
         self.add(row.ids[self.n_generated :], [self.scores] * (len(row.ids) - self.n_generated))

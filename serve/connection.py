@@ -34,7 +34,3 @@ class Connection(H11Protocol):
     def resume_writing(self):
         super().resume_writing()
         self.limit(False)
-
-    def connection_lost(self, exc):
-        super().connection_lost(exc)
-        self.limit(False)

@@ -26,22 +26,22 @@ def number(low, high, types=(int, float)):
     return lambda x: type(x) in types and low <= x <= high, f"{kind} from {low} to {high}"
 
 
+def as_list(value):
+    """Return a list of prompts or of stop strings; one alone becomes a list of one."""
+    return value if isinstance(value, list) and not is_ids(value) else [value]
+
+
 def is_ids(value):
     return isinstance(value, list) and len(value) > 0 and all(type(i) is int for i in value)
 
 
 def is_prompt(value):
-    return all(isinstance(prompt, str) or is_ids(prompt) for prompt in as_list(value)) and value != []
+    return value != [] and all(isinstance(prompt, str) or is_ids(prompt) for prompt in as_list(value))
 
 
 def is_stop(value):
     stops = as_list(value)
     return len(stops) <= MAX_STOPS and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stops)
-
-
-def as_list(value):
-    """Return a list of prompts or stop strings; one alone becomes a list of one."""
-    return value if isinstance(value, list) and not is_ids(value) else [value]
 
 
 STRING, BOOLEAN = (lambda x: isinstance(x, str), "a string"), (lambda x: isinstance(x, bool), "true or false")
@@ -64,23 +64,16 @@ FIELDS = {  # the default of each field, whether a value is valid, and the descr
 }
 
 
-def parse_object(body):
-    """Return the JSON object that some bytes are. Raises ApiError."""
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise ApiError(400, "the body is not a JSON object")
-    return found
-
-
 def parse_request(body, encoder, limits):
-    """Return the fields of a request as attributes, with a list of lists of ids as prompt. Raises ApiError.
+    """Return the fields of a request as attributes, and prompts, a list of lists of ids. Raises ApiError.
 
-    Null is the default. A field that is not in FIELDS may be null, 0, false or empty: it then asks for nothing.
+    limits: the model's hparams, and n_bytes of its longest token. Null is the default of a field. A field that is not
+    in FIELDS may be null, 0, false or empty: it then asks for nothing.
     """
-    given = {name: value for name, value in parse_object(body).items() if value is not None}
+    try:
+        given = {name: value for name, value in json.loads(body).items() if value is not None}
+    except (ValueError, RecursionError, AttributeError):
+        raise ApiError(400, "the body is not a JSON object") from None
     if unsupported := [name for name, value in given.items() if name not in FIELDS and value]:
         names = ", ".join(map(quote, unsupported[:10]))
         raise ApiError(400, f"this server does not support {names}; leave it out", unsupported[0][:60])
@@ -88,36 +81,25 @@ def parse_request(body, encoder, limits):
         _, is_valid, description = FIELDS[name]
         if not is_valid(given[name]):
             raise ApiError(400, f"{name} is {quote(given[name])}; it must be {description}", name)
-    request = types.SimpleNamespace(**{name: given.get(name, default) for name, (default, *_) in FIELDS.items()})
-    if request.stream_options and not request.stream:
-        raise ApiError(400, "stream_options needs stream: true", "stream_options")
+    request = types.SimpleNamespace(**{name: default for name, (default, *_) in FIELDS.items()} | given)
     request.stop, prompts = as_list(request.stop), as_list(request.prompt)
     if len(prompts) * request.n > MAX_CHOICES:
         raise ApiError(400, f"{len(prompts)} prompts times n = {request.n} are more than {MAX_CHOICES}", "n")
-    request.prompts = [prompt_ids(prompt, encoder, limits, request.max_tokens) for prompt in prompts]
+    request.prompts = [prompt_ids(prompt, request.max_tokens, encoder, limits) for prompt in prompts]
     return request
 
 
-def prompt_ids(prompt, encoder, limits, n_new):
+def prompt_ids(prompt, n_new, encoder, limits):
     """Return the token ids of a prompt, which n_new will follow. Raises ApiError if it is invalid or too long."""
-    n_ctx, n_vocab = limits["n_ctx"], limits["n_vocab"]
     try:
         if isinstance(prompt, str):
-            check_context(len(prompt) // limits["n_bytes"], 0, n_ctx)  # encoding much longer texts would take seconds
+            check_context(len(prompt) // limits["n_bytes"], 0, limits["n_ctx"])  # a much longer one takes seconds
             prompt = encoder.encode(prompt) or encoder.start_ids()
-        check_context(len(prompt), n_new, n_ctx)
+        check_context(len(prompt), n_new, limits["n_ctx"])
     except UserError as error:
         raise ApiError(400, str(error), "prompt") from None
     except ValueError as error:
         raise ApiError(400, str(error), "max_tokens", "context_length_exceeded") from None
-    if wrong := [i for i in prompt if not 0 <= i < n_vocab]:
-        raise ApiError(400, f"{quote(wrong[0])} is not a token id; these are from 0 to {n_vocab - 1}", "prompt")
+    if wrong := [i for i in prompt if not 0 <= i < limits["n_vocab"]]:
+        raise ApiError(400, f"{quote(wrong[0])} is not a token id, 0 to {limits['n_vocab'] - 1}", "prompt")
     return prompt
-
-
-def parse_ids(body, limits):
-    """Return the token ids of a request for an explanation. Raises ApiError."""
-    ids = parse_object(body).get("ids")
-    if not is_ids(ids) or len(ids) > limits["n_ctx"] or not all(0 <= i < limits["n_vocab"] for i in ids):
-        raise ApiError(400, f"ids must be an array of token ids, at most {limits['n_ctx']}", "ids")
-    return ids
