@@ -39,7 +39,7 @@ from utils import load_encoder_hparams_and_params
 N_TOKENS, N_REQUESTS = 64, 3  # of each client
 CLIENTS, ROWS = (1, 8, 32), 32
 IDLE = 0.5  # seconds before each turn
-LOAD_CLIENTS, LOAD_ROWS, TURN = 64, 32, 10  # seconds of a turn of the load
+LOAD_CLIENTS, LOAD_ROWS, TURN = 64, 32, 5  # seconds of a turn of the load
 SPEAKERS = ("ROMEO:", "JULIET:\nO", "First Citizen:\nWe", "What say you,", "KING RICHARD III:\n")
 
 

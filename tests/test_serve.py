@@ -175,6 +175,7 @@ def pieces_of(encoder, ids, stop):
     return pieces, i
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_pieces_never_end_in_a_character_or_in_a_stop_string(tiny, data):
     """Together they are the text up to the first stop string; none is part of a stop string that the next completes."""
@@ -332,7 +333,9 @@ JSON = st.recursive(
 BODIES = st.dictionaries(st.sampled_from(list(FIELDS)) | st.text(max_size=9), JSON, max_size=6)
 
 
-@settings(max_examples=int(os.environ.get("BAD_BODIES", "100")), suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=int(os.environ.get("BAD_BODIES", "100")), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(body=BODIES.map(lambda body: json.dumps(body).encode()) | st.binary() | JSON.map(json.dumps).map(str.encode))
 def test_no_body_makes_the_server_fail(server, body):
     for path in ("/v1/completions", "/explain"):
