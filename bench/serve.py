@@ -74,7 +74,7 @@ class LlamaCppPython:
     name = "llama-cpp-python"
 
     def __init__(self):
-        if importlib.util.find_spec("sse_starlette") is None:
+        if None in map(importlib.util.find_spec, ("llama_cpp", "fastapi", "sse_starlette")):
             raise ImportError("pip install 'llama-cpp-python[server]'")
         self.file = gguf_with_vocabulary()
 

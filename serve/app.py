@@ -53,7 +53,7 @@ class App(Starlette):
             if origin not in (None, self.options.allow_origin) and origin.partition("://")[2] != host:
                 raise ApiError(403, "the Origin header names another website; see --allow_origin")
             expected, given = f"Bearer {self.options.api_key}", request.headers.get("authorization", "")
-            is_right = secrets.compare_digest(given.encode(), expected.encode())
+            is_right = secrets.compare_digest(given.encode("latin-1"), expected.encode())
             if self.options.api_key and function != self.get_page and not is_right:
                 raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
             return await function(request)

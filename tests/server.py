@@ -54,7 +54,7 @@ def serving(models_dir, model_size="tiny", model=None, **options):
         thread.start()
         try:
             wait_until(lambda: server.started)
-            yield types.SimpleNamespace(port=listener.getsockname()[1], batch=batch)
+            yield types.SimpleNamespace(port=listener.getsockname()[1], app=app, batch=batch)
         finally:
             server.should_exit = server.force_exit = True
             batch.stop()

@@ -26,6 +26,7 @@ from tests.server import Gate, ask, complete, events, serving, stream, wait_unti
 pytest.importorskip("starlette", reason="starlette (requirements-serve.txt) is not installed")
 pytest.importorskip("uvicorn", reason="uvicorn (requirements-serve.txt) is not installed")
 
+from cli.serve import Traces
 from serve import connection
 from serve.choice import Choice
 from serve.protocol import FIELDS, MAX_CHOICES
@@ -411,6 +412,21 @@ def test_a_pass_that_fails_ends_its_requests_and_no_others(gated, truth, caplog)
     gated.gate.is_broken = False
     gated.gate.passes.release(8)
     assert complete(gated, "a", **GREEDY)[0]["text"] == truth("a", 8)
+
+
+def test_a_failure_is_500_and_its_message_which_may_quote_a_prompt_is_not_logged(tiny_models_dir, caplog):
+    def broken(ids):
+        raise ValueError(f"SECRET {ids}")
+
+    with serving(tiny_models_dir) as server:
+        server.app.explain = broken
+        status, _, answer = ask(server, "/explain", {"prompt": "a"})
+    assert (status, answer["error"]["type"]) == (500, "server_error") and "SECRET" not in answer["error"]["message"]
+    (record,) = caplog.records
+    assert "SECRET" in caplog.text
+    record.exc_text = None  # pytest's format of it
+    logged = Traces().format(record)
+    assert "SECRET" not in logged and "in broken" in logged and "ValueError" in logged
 
 
 def test_generation_ends_at_the_timeout(tiny_models_dir):
