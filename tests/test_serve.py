@@ -416,17 +416,17 @@ def test_a_pass_that_fails_ends_its_requests_and_no_others(gated, truth, caplog)
 
 def test_a_failure_is_500_and_its_message_which_may_quote_a_prompt_is_not_logged(tiny_models_dir, caplog):
     def broken(ids):
-        raise ValueError(f"SECRET {ids}")
+        raise ValueError(ids)
 
     with serving(tiny_models_dir) as server:
         server.app.explain = broken
-        status, _, answer = ask(server, "/explain", {"prompt": "a"})
-    assert (status, answer["error"]["type"]) == (500, "server_error") and "SECRET" not in answer["error"]["message"]
+        status, _, answer = ask(server, "/explain", {"prompt": [123, 321]})
+    assert (status, answer["error"]["type"]) == (500, "server_error") and "321" not in answer["error"]["message"]
     (record,) = caplog.records
-    assert "SECRET" in caplog.text
+    assert "ValueError: [123, 321]" in caplog.text
     record.exc_text = None  # pytest's format of it
     logged = Traces().format(record)
-    assert "SECRET" not in logged and "in broken" in logged and "ValueError" in logged
+    assert "321" not in logged and "in broken" in logged and "ValueError" in logged
 
 
 def test_generation_ends_at_the_timeout(tiny_models_dir):
