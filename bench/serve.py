@@ -36,7 +36,7 @@ from engines.batching import generate_batch
 from engines.compiled import compiled_model
 from utils import load_encoder_hparams_and_params
 
-N_TOKENS, N_REQUESTS = 64, 3  # of each client
+N_TOKENS, N_REQUESTS = 32, 2  # of each client
 CLIENTS, ROWS = (1, 8, 32), 32
 IDLE = 0.5  # seconds before each turn
 LOAD_CLIENTS, LOAD_ROWS, TURN = 64, 32, 5  # seconds of a turn of the load
@@ -136,35 +136,32 @@ def free_port():
 # Clients
 
 
-async def post(reader, writer, body):
-    """Send a request; return its text, and the seconds until each part of the answer."""
+async def post(port, body):
+    """Send a request over a connection of its own; return its text, and the seconds until each part of a stream."""
     data, start, marks = json.dumps(body).encode(), time.perf_counter(), []
-    head = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
-    head = "\r\n".join([*head, f"Content-Length: {len(data)}", "", ""])
-    writer.write(head.encode() + data)
-    status, *headers = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
-    if " 200 " not in status:
-        raise RuntimeError(status)
-    lengths = [int(line.split(":")[1]) for line in headers if line.startswith("content-length")]
-    if lengths:
-        return json.loads(await reader.readexactly(lengths[0]))["choices"][0]["text"], marks
-    content = b""
-    while n := int(await reader.readline(), 16):
-        content += (await reader.readexactly(n + 2))[:-2]
-        marks.append(time.perf_counter() - start)
-    await reader.readexactly(2)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**24)
+    head = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Connection: close", "Content-Type: application/json"]
+    writer.write("\r\n".join([*head, f"Content-Length: {len(data)}", "", ""]).encode() + data)
+    try:
+        status, *headers = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
+        if " 200 " not in status:
+            raise RuntimeError(f"{status} {await reader.read()}")
+        if "transfer-encoding: chunked" not in headers:
+            return json.loads(await reader.read())["choices"][0]["text"], marks
+        content = b""
+        while n := int(await reader.readline(), 16):
+            content += (await reader.readexactly(n + 2))[:-2]
+            marks.append(time.perf_counter() - start)
+    finally:
+        writer.close()
     events = [line.removeprefix("data: ") for line in content.decode().replace("\r\n", "\n").split("\n\n")]
     choices = [json.loads(event)["choices"] for event in events if event.startswith("{")]
     return "".join(choice[0]["text"] for choice in choices if choice), marks
 
 
 async def client(port, bodies):
-    """Send requests one after another over one connection; return the results of post."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**24)
-    try:
-        return [await post(reader, writer, body) for body in bodies]
-    finally:
-        writer.close()
+    """Send requests one after another; return the results of post."""
+    return [await post(port, body) for body in bodies]
 
 
 async def clients(port, bodies_of_each):
@@ -181,15 +178,15 @@ def prompts(n):
 # Tables
 
 
-def measure(port, n_clients):
+def measure(port, n_clients, n_requests=N_REQUESTS):
     """Return tokens per second and the median of the times to the first token."""
     time.sleep(IDLE)
-    texts, start = iter(prompts(n_clients * N_REQUESTS)), time.perf_counter()
+    texts, start = iter(prompts(n_clients * n_requests)), time.perf_counter()
     options = {"max_tokens": N_TOKENS, "temperature": 0, "stream": True}
-    bodies = [[{"prompt": next(texts)} | options for _ in range(N_REQUESTS)] for _ in range(n_clients)]
+    bodies = [[{"prompt": next(texts)} | options for _ in range(n_requests)] for _ in range(n_clients)]
     results = asyncio.run(clients(port, bodies))
     spent = time.perf_counter() - start
-    return n_clients * N_REQUESTS * N_TOKENS / spent, median(marks[0] for result in results for _, marks in result)
+    return n_clients * n_requests * N_TOKENS / spent, median(marks[0] for result in results for _, marks in result)
 
 
 def compare(rounds):
@@ -204,10 +201,11 @@ def compare(rounds):
         ports = {server: free_port() for server in found}
         for server, port in ports.items():
             stack.enter_context(running(server.command, port))
-        for turn, n in itertools.product(range(-1, rounds), CLIENTS):  # the first round is not counted
+            measure(port, 4, n_requests=1)  # untimed
+        for turn, n in itertools.product(range(rounds), CLIENTS):
             for server in in_turn(found, turn):
-                result = measure(ports[server], n)
-                results[n, server] += [result] if turn >= 0 else []
+                results[n, server].append(measure(ports[server], n))
+                print(f"{n} clients, {server.name}: {results[n, server][-1][0]:.0f} tokens/s", file=sys.stderr)
     rows = []
     for (n, server), of_server in results.items():
         speeds, firsts = zip(*of_server, strict=True)
@@ -231,14 +229,12 @@ async def load(port, seconds, expected):
 
     async def one(bodies):
         nonlocal n_tokens
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
         while time.perf_counter() - start < seconds:
             body = next(bodies)
-            text, _ = await post(reader, writer, body)
+            text, _ = await post(port, body)
             if text != expected[body["prompt"], body["max_tokens"]]:
                 raise RuntimeError(f"{body}: {text!r}")
             n_tokens += body["max_tokens"]
-        writer.close()
 
     bodies = load_bodies()
     await asyncio.gather(*(one(bodies) for _ in range(LOAD_CLIENTS)))
