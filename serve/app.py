@@ -85,8 +85,8 @@ class App(Starlette):
             raise ApiError(404, f"the only model here is {self.name}", "model", "model_not_found")
         job = Job(asked, self.encoder, self.options.timeout)
         self.thread.submit(job)
-        answer = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time())}
-        answer |= {"model": self.name}
+        answer = {"id": f"cmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.name}
+        answer["object"] = "text_completion"
         if asked.stream:
             leave = BackgroundTask(self.thread.cancel, job)  # runs at the end, and when the client leaves
             return StreamingResponse(events(job, answer), media_type="text/event-stream", background=leave)

@@ -55,7 +55,8 @@ class BatchThread(threading.Thread):
     def __init__(self, model, params, n_head, stop_id, max_rows, max_queue):
         super().__init__(daemon=True)
         self.batch, self.stop_id, self.max_queue = Batch(params, n_head, max_rows, model), stop_id, max_queue
-        self.waiting, self.pending, self.wake, self.is_stopped = collections.deque(), iter(()), threading.Event(), False
+        self.waiting, self.wake, self.is_stopped = collections.deque(), threading.Event(), False
+        self.pending, self.joining = iter(()), []  # rows that are to join, and the request that they belong to
 
     def submit(self, job):
         """Append a request to the queue. Raises ApiError if the queue is full."""
@@ -89,15 +90,15 @@ class BatchThread(threading.Thread):
     def update(row, job, choice):
         """Send what a row has to send: of a stream after each token, of others at the end."""
         choice.update(row)
-        if row.stop_reason or (job.request.stream and choice.n_safe > choice.n_sent):
-            job.send(choice.take(row.stop_reason))
-        elif job.is_cancelled:
+        if job.is_cancelled:
             row.stop_reason = "cancelled"
+        elif row.stop_reason or (job.request.stream and choice.n_safe > choice.n_sent):
+            job.send(choice.take(row.stop_reason))
 
     def fail(self, waiting, error):
-        for job in {row.key[0] for row in self.batch.rows}.union(waiting):
+        for job in {row.key[0] for row in self.batch.rows}.union(self.joining, waiting):
             job.send(error)
-        self.batch.rows, self.pending = [], iter(())
+        self.batch.rows, self.pending, self.joining = [], iter(()), []
 
     def joining_rows(self):
         """Yield rows to join the batch, with about PREFILL_CHUNK prompt tokens. Waits while the batch is empty."""
@@ -106,21 +107,18 @@ class BatchThread(threading.Thread):
             if row := next(self.pending, None):
                 n_tokens += len(row.prompt.ids)
                 yield row
-            elif job := self.next_job(may_wait=not (n_tokens or self.batch.rows)):
-                self.pending = self.rows_of(job)
-            else:
+                continue
+            while not (n_tokens or self.batch.rows or self.waiting or self.is_stopped):
+                self.wake.wait()
+                self.wake.clear()
+            try:
+                self.pending = self.rows_of(self.waiting.popleft())
+            except IndexError:  # nothing waits, or what did was just cancelled
                 return
-
-    def next_job(self, may_wait):
-        while may_wait and not (self.waiting or self.is_stopped):
-            self.wake.wait()
-            self.wake.clear()
-        with contextlib.suppress(IndexError):  # none waits, or the last one was just cancelled
-            return self.waiting.popleft()
 
     def rows_of(self, job):
         """Yield the rows of a request until it is cancelled. The key of a row is its job and its choice."""
-        batch, request = self.batch, job.request
+        batch, request, self.joining = self.batch, job.request, [job]
         for i, ids in enumerate(request.prompts):
             choices = job.choices[i * request.n : (i + 1) * request.n]
             prompt = None, ids, [choice.choose for choice in choices]

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import gpt2
 from sampling import make_sampler
 from tests.conftest import PROMPTS as ALL_PROMPTS
-from tests.conftest import TINY, their_logits
+from tests.conftest import ROOT, TINY, their_logits
 from tests.programs import SECONDS, assert_mistake, command, started
 from tests.server import Gate, ask, complete, events, serving, stream, wait_until
 
@@ -33,6 +33,7 @@ from serve.protocol import FIELDS, MAX_CHOICES
 
 PROMPTS = [prompt for prompt in ALL_PROMPTS if "<|" not in prompt]  # transformers take it as the special token
 GREEDY = {"temperature": 0, "max_tokens": 8}
+ROMEO, ROMEO_TEXT = {"prompt": "ROMEO:", "temperature": 0, "max_tokens": 12}, "\nIf it be so, sir, I s"  # docs/cli.md
 ENDLESS = {"n": MAX_CHOICES, "max_tokens": 100}  # generates for seconds
 
 
@@ -349,10 +350,10 @@ def test_no_body_makes_the_server_fail(server, body):
 
 
 @pytest.fixture
-def gated(tiny_models_dir):
-    """A server with one row and a queue of one request whose passes the test controls."""
+def gated():
+    """A server with one row and a queue of one request whose passes the test controls; its tokens are characters."""
     gate = Gate()
-    with serving(tiny_models_dir, model=gate, max_rows=1, max_queue=1) as server:
+    with serving(ROOT / "models", "shakespeare", model=gate, max_rows=1, max_queue=1) as server:
         server.gate = gate
         yield server
         gate.passes.release(10**6)
@@ -360,7 +361,7 @@ def gated(tiny_models_dir):
 
 def send(server, **body):
     """Send a request without waiting for the answer; return the socket."""
-    data = json.dumps({"prompt": "a", "temperature": 0} | body).encode()
+    data = json.dumps({"prompt": "ROMEO:", "temperature": 0} | body).encode()
     sock = socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS)
     head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
     sock.sendall(head.encode() + data)
@@ -368,7 +369,7 @@ def send(server, **body):
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_a_client_that_leaves_frees_its_row_and_its_place(gated, truth, is_stream):
+def test_a_client_that_leaves_frees_its_row_and_its_place(gated, is_stream):
     batch = gated.batch
     first = send(gated, stream=is_stream, max_tokens=100)
     wait_until(lambda: batch.batch.rows)
@@ -383,11 +384,11 @@ def test_a_client_that_leaves_frees_its_row_and_its_place(gated, truth, is_strea
     first.close()
     wait_until(lambda: job.is_cancelled)
     gated.gate.passes.release(1000)
-    assert complete(gated, "a", **GREEDY)[0]["text"] == truth("a", 8)
+    assert complete(gated, **ROMEO)[0]["text"] == ROMEO_TEXT
     assert job.choices[0].n_generated < 20
 
 
-def test_openais_client_tries_again_when_the_queue_is_full(gated, truth):
+def test_openais_client_tries_again_when_the_queue_is_full(gated):
     openai = pytest.importorskip("openai", reason="openai (requirements-dev.txt) is not installed")
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{gated.port}/v1", api_key="any", max_retries=5)
     sockets = [send(gated, max_tokens=1)]
@@ -395,23 +396,23 @@ def test_openais_client_tries_again_when_the_queue_is_full(gated, truth):
     sockets.append(send(gated, max_tokens=1))
     wait_until(lambda: gated.batch.waiting)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(client.completions.create, model="tiny", prompt="a", **GREEDY)
+        answer = pool.submit(client.completions.create, model="shakespeare", **ROMEO)
         assert ask(gated, body=GREEDY)[0] == 429
         gated.gate.passes.release(100)
-        assert answer.result().choices[0].text == truth("a", 8)
+        assert answer.result().choices[0].text == ROMEO_TEXT
 
 
-def test_a_pass_that_fails_ends_its_requests_and_no_others(gated, truth, caplog):
+def test_a_pass_that_fails_ends_its_requests_and_no_others(gated):
     gated.gate.is_broken = True
-    gated.gate.passes.release(1)
-    status, _, answer = ask(gated, body={"prompt": "a"})
+    gated.gate.passes.release(2)  # of the prompt, and of a token
+    status, _, answer = ask(gated, body=ROMEO)
     assert (status, answer["error"]["type"]) == (500, "server_error")
-    gated.gate.passes.release(1)
-    *_, last = events(ask(gated, body={"prompt": "a", "stream": True})[2])
+    gated.gate.passes.release(2)  # of the prompt, and of a token
+    *_, last = events(ask(gated, body=ROMEO | {"stream": True})[2])
     assert last["error"]["type"] == "server_error"
     gated.gate.is_broken = False
-    gated.gate.passes.release(8)
-    assert complete(gated, "a", **GREEDY)[0]["text"] == truth("a", 8)
+    gated.gate.passes.release(100)
+    assert complete(gated, **ROMEO)[0]["text"] == ROMEO_TEXT
 
 
 def test_a_failure_is_500_and_its_message_which_may_quote_a_prompt_is_not_logged(tiny_models_dir, caplog):
