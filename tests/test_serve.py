@@ -402,7 +402,14 @@ def test_openais_client_tries_again_when_the_queue_is_full(gated):
         assert answer.result().choices[0].text == ROMEO_TEXT
 
 
-def test_a_pass_that_fails_ends_its_requests_and_no_others(gated):
+def test_a_pass_that_fails_ends_its_requests_and_no_others(gated, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gated.gate, "gpt2", fail)
+        for options in ({}, {"echo": True, "logprobs": 1}):  # in the batch, and while the request joins
+            assert ask(gated, body=ROMEO | options)[0] == 500
     gated.gate.is_broken = True
     gated.gate.passes.release(2)  # of the prompt, and of a token
     status, _, answer = ask(gated, body=ROMEO)
