@@ -475,6 +475,14 @@ def test_half_a_request_is_closed(impatient, sent):
     assert complete(impatient, "a", max_tokens=1)
 
 
+def test_a_client_that_does_not_read_is_disconnected(impatient):
+    with send(impatient, stream=True, logprobs=20, **ENDLESS):
+        wait_until(lambda: impatient.batch.batch.rows)
+        job = impatient.batch.batch.rows[0].key[0]
+        wait_until(lambda: job.is_cancelled)
+    assert sum(choice.n_generated for choice in job.choices) < ENDLESS["n"] * ENDLESS["max_tokens"]
+
+
 def test_an_answer_may_take_longer_than_a_request_may(impatient):
     assert sum(len(texts) for texts in stream(impatient, "a", **ENDLESS).values()) > MAX_CHOICES
 
