@@ -81,7 +81,7 @@ def serve(options):
 
 
 def check_options(options):
-    """Raise UserError for what cannot be served; note what is open to others."""
+    """Raise UserError for options that cannot be served, and for a package that is missing."""
     if options.engine == "jax" or options.dtype == "bfloat16":
         wrong = "--engine jax" if options.engine == "jax" else "--dtype bfloat16"
         raise UserError(f"{wrong}: JAX generates several tokens at a time, so requests cannot join; leave it out")
@@ -135,7 +135,10 @@ class Traces(logging.Formatter):
 
 
 def run_server(app, thread, listener, message):
-    """Run uvicorn until Ctrl-C or SIGTERM, then up to GRACE seconds for the running requests. message: when it runs."""
+    """Run uvicorn until Ctrl-C or SIGTERM. The running requests then have GRACE seconds, or until the next signal.
+
+    message: printed when the server answers.
+    """
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -144,6 +147,11 @@ def run_server(app, thread, listener, message):
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self.handle_exit)
             yield
+
+        def handle_exit(self, number, frame):
+            if self.should_exit:  # the second signal
+                thread.stop()
+            self.should_exit = True
 
         async def startup(self, sockets=None):
             await super().startup(sockets)

@@ -7,7 +7,6 @@ from gpt2 import check_context
 from weights.errors import UserError, quote
 
 MAX_CHOICES, MAX_STOPS, MAX_STOP_LENGTH = 128, 4, 200  # prompts times n; stop strings, characters
-TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
@@ -16,7 +15,8 @@ class ApiError(Exception):
     def __init__(self, status, message, param=None, code=None, headers=None):
         super().__init__(message)
         self.status, self.headers = status, headers
-        kind = "server_error" if status >= 500 else TYPES.get(status, "invalid_request_error")
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = "server_error" if status >= 500 else kinds.get(status, "invalid_request_error")
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

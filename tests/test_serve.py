@@ -4,6 +4,7 @@ import concurrent.futures
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -546,12 +547,27 @@ def test_the_log_has_no_prompt_and_a_signal_ends_the_program(program):
     assert program.log.read_text(encoding="utf-8") == f"serving tiny on {program.url} (Ctrl-C stops)\n"
 
 
-def test_ctrl_c_ends_the_program_with_0(tiny_models_dir):
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_ctrl_c_ends_the_program_with_0(tiny_models_dir, is_busy):
+    """The second Ctrl-C does not wait for running requests."""
     arguments = command("--model_size", "tiny", "--models_dir", tiny_models_dir, "--port", "0", script="serve.py")
     with started(arguments) as process:
-        assert b"serving" in process.stderr.readline()
+        port = int(re.search(rb"http://127.0.0.1:(\d+) ", process.stderr.readline())[1])
+        if is_busy:
+            sock = send(types.SimpleNamespace(port=port), stream=True, **ENDLESS)
+            assert sock.recv(12) == b"HTTP/1.1 200"
+            process.send_signal(signal.SIGINT)
+            wait_until(lambda: not is_listening(port))
         process.send_signal(signal.SIGINT)
         assert (process.wait(SECONDS), process.stderr.read()) == (0, b"")
+
+
+def is_listening(port):
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+        return True
+    except ConnectionRefusedError:
+        return False
 
 
 @pytest.mark.parametrize(
