@@ -254,8 +254,8 @@ class LlamaCpp(Stepwise):
         self.n_vocab, self.contexts = model_124m()[1]["n_vocab"], {}
 
     @staticmethod
-    def convert(folder):
-        """Write the weights as a GGUF file, as llama.cpp's convert_hf_to_gguf.py does but without the vocabulary."""
+    def convert(folder, add_vocabulary=lambda writer: writer.add_tokenizer_model("no_vocab")):
+        """Write the weights as a GGUF file, as llama.cpp's convert_hf_to_gguf.py does."""
         import gguf
 
         _, hparams, params = model_124m()
@@ -268,7 +268,7 @@ class LlamaCpp(Stepwise):
         writer.add_head_count(hparams["n_head"])
         writer.add_layer_norm_eps(1e-5)
         writer.add_vocab_size(hparams["n_vocab"])
-        writer.add_tokenizer_model("no_vocab")
+        add_vocabulary(writer)
         for name, tensor in gguf_tensors(**params):
             writer.add_tensor(name, np.ascontiguousarray(tensor))
         writer.write_header_to_file()

@@ -6,15 +6,13 @@ import unicodedata
 
 import numpy as np
 
-from cli.session import check_prompt_fits, read_prompt
-from explain.page import TEMPLATE, make_page
-from explain.trace import logit_lens, most_likely, trace
+from cli.session import check_prompt_fits, read_prompt, with_bar
+from explain.page import MAX_TOKENS, TEMPLATE, make_page, token_text
+from explain.trace import predict_by_layer, trace
 from utils import load_encoder_hparams_and_params
 from weights.errors import UserError
 from weights.files import atomic_write, check_writable, same_file
 
-K = 10  # next tokens shown
-MAX_TOKENS = 128  # on a page: a map has MAX_TOKENS**2 weights; 124M has 144 maps, 1558M has 1200
 REMEDY = "choose another file for --explain"
 
 
@@ -33,7 +31,7 @@ def run_explain(options):
     traced = trace(ids, params, hparams["n_head"], last_only=path is None)
     if not np.all(np.isfinite(traced.logits)):
         raise FloatingPointError("the logits are not finite")
-    predictions = predict_by_layer(traced.hidden, params)
+    predictions = list(with_bar(predict_by_layer(traced.hidden, params), len(traced.hidden), "layer", printed=False))
     if path is None:
         print(format_text(encoder, ids, [positions[-1] for positions in predictions]))
     else:
@@ -53,17 +51,6 @@ def check_page_length(n_tokens):
             f"{n_tokens} prompt tokens, more than the {MAX_TOKENS} whose attention a page can show; shorten the "
             "prompt, or print the text, which shows no attention: --explain without a file"
         )
-
-
-def predict_by_layer(hidden, params):
-    """Return predictions[layer][position], lists of the K most likely (id, probability); layer 0 is the embeddings."""
-    from tqdm import tqdm
-
-    predictions = []
-    for states in tqdm(hidden, unit="layer", disable=None, leave=False):
-        logits = logit_lens(states, params["ln_f"], params["wte"])
-        predictions.append([list(zip(*most_likely(row, K), strict=True)) for row in logits])
-    return predictions
 
 
 def write_page(path, name, encoder, ids, predictions, attention):
@@ -100,18 +87,6 @@ def format_table(rows):
         for j in range(0, len(row), per_line):
             cells = "".join(f" {cell}{' ' * (widest - width(cell))}" for cell in row[j : j + per_line])
             yield f"{'' if j else i:4}{cells}".rstrip()
-
-
-def token_text(encoder, token_id):
-    r"""Return a token as a Python literal, unique to it: ' the', '\n', or b'\xe4' for bytes that are not UTF-8."""
-    try:
-        text = encoder.token_bytes(token_id).decode("utf-8")
-    except UnicodeDecodeError:
-        return repr(encoder.token_bytes(token_id))
-    quoted = repr(text)
-    if text and unicodedata.category(text[0]).startswith("M") and quoted[1] == text[0]:  # would combine with the quote
-        return quoted[0] + ascii(text[0])[1:-1] + quoted[2:]
-    return quoted
 
 
 def width(text):

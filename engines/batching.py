@@ -127,6 +127,14 @@ def prefill_packed(pieces, params, n_head, model):
     model.gpt2(list(chain(*all_ids)), **params, n_head=n_head, cache=packed, last_only=True)
 
 
+def score_prompt(prompt, params, n_head, model=gpt2):
+    """Compute a prompt as start_rows does; yield the logits of each position but the last, [n_vocab]."""
+    for i in range(0, len(prompt.ids) - 1, gpt2.PREFILL_CHUNK):
+        ids = prompt.ids[:-1][i : i + gpt2.PREFILL_CHUNK]
+        yield from model.gpt2(ids, **params, n_head=n_head, cache=prompt.cache)  # [n_seq] -> [n_seq, n_vocab]
+    prompt.is_computed = True
+
+
 def advance_rows(rows, params, n_head, model):
     """Append a token to each row, in one forward pass."""
     row_caches = getattr(model, "RowCaches", RowCaches)  # a compiled model has its own
@@ -135,6 +143,28 @@ def advance_rows(rows, params, n_head, model):
     logits = model.gpt2(newest, **params, n_head=n_head, cache=caches)  # -> [batch, 1, n_vocab]
     for row, row_logits in zip(rows, logits[:, -1], strict=True):
         row.append_token(row_logits)
+
+
+class Batch:
+    """Up to max_rows rows that are generated together. New rows join between two passes, and complete ones leave."""
+
+    def __init__(self, params, n_head, max_rows, model=gpt2):
+        if max_rows < 1:
+            raise ValueError(f"batch_size is {max_rows}; it must be at least 1")
+        self.params, self.n_head, self.max_rows, self.model, self.rows = params, n_head, max_rows, model, []
+
+    def step(self, waiting):
+        """Let rows of the iterator `waiting` join, and append a token to each row; return all of them.
+
+        A row leaves in the next step if its stop_reason is set, here or by the caller.
+        """
+        self.rows = [row for row in self.rows if not row.stop_reason]
+        started = list(islice(waiting, self.max_rows - len(self.rows)))
+        self.rows += started
+        start_rows([row for row in started if not row.stop_reason], self.params, self.n_head, self.model)
+        if growing := [row for row in self.rows if not row.stop_reason]:
+            advance_rows(growing, self.params, self.n_head, self.model)
+        return self.rows
 
 
 def generate_batch(requests, params, n_head, n_tokens_to_generate, batch_size=8, stop_id=None, model=gpt2):
@@ -146,21 +176,10 @@ def generate_batch(requests, params, n_head, n_tokens_to_generate, batch_size=8,
     The stop reason is "length" or "end_of_text".
     Raises ValueError if a prompt is empty or does not fit into the model's context, or batch_size is less than 1.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    waiting, rows = new_rows(requests, params, n_tokens_to_generate, stop_id, model), []
-    while True:
-        started = list(islice(waiting, batch_size - len(rows)))
-        if not rows and not started:
-            return
-        if n_tokens_to_generate:
-            start_rows(started, params, n_head, model)
-            rows += started
-            advance_rows(rows, params, n_head, model)
-        else:
-            rows = started
+    batch = Batch(params, n_head, batch_size, model)
+    waiting = new_rows(requests, params, n_tokens_to_generate, stop_id, model)
+    while rows := batch.step(waiting):
         yield from ((row.key, row.ids, row.stop_reason) for row in rows if row.stop_reason)
-        rows = [row for row in rows if not row.stop_reason]
 
 
 def in_order(results, keys):

@@ -12,6 +12,8 @@ from engines.instance import new_instance, recording
 from gpt2 import layer_norm, linear, softmax
 from sampling import top_k_keep
 
+K = 10  # next tokens shown
+
 
 class Trace(NamedTuple):
     """The intermediate results for one sequence of token ids. An attention map has queries as rows, keys as columns."""
@@ -45,6 +47,13 @@ def logit_lens(hidden, ln_f, wte):  # [..., n_embd] -> [..., n_vocab]
     return linear(layer_norm(hidden, **ln_f), wte.T, 0)
 
 
+def predict_by_layer(hidden, params):
+    """Yield for the embeddings and each layer, for each position, the K most likely next (id, probability)."""
+    for states in hidden:
+        logits = logit_lens(states, params["ln_f"], params["wte"])
+        yield [list(zip(*most_likely(row, K), strict=True)) for row in logits]
+
+
 def most_likely(logits, k):  # [n_vocab] -> [k], [k]
     """Return the ids of the k most likely tokens, in descending order, and their probabilities.
 
@@ -53,3 +62,10 @@ def most_likely(logits, k):  # [n_vocab] -> [k], [k]
     ids = np.flatnonzero(top_k_keep(logits, k))  # more than k if several tie with the last
     ids = ids[np.argsort(-logits[ids], kind="stable")][:k]
     return ids, softmax(logits)[ids]
+
+
+def log_probabilities(logits, token_id, k):  # [n_vocab] -> (float, k pairs)
+    """Return the log-probability of a token, and (id, log-probability) of each of the k most likely tokens."""
+    log_sum = np.max(logits) + np.log(np.sum(np.exp(logits - np.max(logits))))
+    top = most_likely(logits, k)[0] if k else ()
+    return float(logits[token_id] - log_sum), [(int(i), float(logits[i] - log_sum)) for i in top]

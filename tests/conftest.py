@@ -239,6 +239,19 @@ def set_free_space(monkeypatch, n_bytes):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=n_bytes))
 
 
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium or Chrome, controlled by playwright."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright (requirements-dev.txt) is not installed")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=path)
+        yield chromium
+        chromium.close()
+
+
 # gpt2.py's command line
 
 

@@ -16,7 +16,7 @@ import gpt2
 from cli import session
 from engines import batching
 from sampling import make_sampler
-from tests.conftest import INPUTS, N_HEAD, N_NEW, PROMPTS, ROOT, TINY, contents
+from tests.conftest import INPUTS, N_HEAD, N_NEW, PROMPTS, ROOT, TINY, contents, their_logits
 from tests.programs import SECONDS, assert_mistake, command, started
 
 LINES = [prompt.replace("\n", " ") for prompt in PROMPTS]
@@ -72,6 +72,25 @@ def test_prompts_that_start_together_are_computed_together(model_and_params, par
     total = sum(lengths) - len(lengths)
     assert sizes == [*[64] * (total // 64), *[total % 64] * (total % 64 > 0), len(lengths), len(lengths)]
     assert found == {i: gpt2.generate(ids, params, N_HEAD, 2) for i, ids in enumerate(inputs)}
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 256])
+def test_a_scored_prompt_has_the_logits_of_transformers_and_is_computed(
+    model_and_params, theirs, expected, monkeypatch, chunk
+):
+    monkeypatch.setattr(gpt2, "PREFILL_CHUNK", chunk)
+    model, params = model_and_params
+    for ids, continuation in zip(INPUTS, expected, strict=True):
+        (row,) = batching.new_rows([("it", ids, [np.argmax])], params, N_NEW, None, model)
+        logits = list(batching.score_prompt(row.prompt, params, N_HEAD, model))
+        assert len(logits) == len(ids) - 1
+        if logits:
+            np.testing.assert_allclose(logits, their_logits(theirs, [ids])[0][:-1], rtol=1e-4, atol=1e-5)
+        batch = batching.Batch(params, N_HEAD, 1, model)
+        monkeypatch.setattr(batching, "prefill_packed", lambda *_: pytest.fail("computed again"))
+        while not batch.step(iter([row] if not batch.rows else []))[0].stop_reason:
+            pass
+        assert row.ids == continuation
 
 
 def test_the_next_prompt_takes_the_place_of_a_complete_row_at_once(model_and_params, monkeypatch):

@@ -27,7 +27,7 @@ READING, BACKWARD = DOCUMENTS["docs/reading.md"], DOCUMENTS["docs/backward.md"]
 OPENAI_FILES = ("model.py", "sample.py", "src/interactive_conditional_samples.py")
 # By program, the module of cli whose make_parser() returns its parser
 PARSERS = {"gpt2.py": "generate", "train.py": "train", "evaluate.py": "evaluate", "baby_gpt.py": "baby_gpt"}
-PARSERS |= {"official/compare.py": "compare"}
+PARSERS |= {"serve.py": "serve", "official/compare.py": "compare"}
 
 
 def blocks(text, language):

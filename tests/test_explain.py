@@ -99,10 +99,10 @@ def test_the_text_shows_the_probabilities_of_transformers(run, tiny, transformer
     tokens, last, lens = (part.splitlines()[1:] for part in out.decode("utf-8").split("\n\n"))
     ids = encoder.encode(prompt)
     assert tokens == [f"{i:4}  {token:6}  {explain.token_text(encoder, token)}" for i, token in enumerate(ids, 1)]
-    expected = transformers_pass(ids)[1][:, -1].softmax(-1).topk(explain.K)
+    expected = transformers_pass(ids)[1][:, -1].softmax(-1).topk(trace.K)
     texts = [[explain.token_text(encoder, int(i)) for i in layer] for layer in expected.indices]
     ranks, found, shown = zip(*(re.fullmatch(r" *(\d+) +([\d.]+)%  (.+)", line).groups() for line in last), strict=True)
-    assert (list(map(int, ranks)), list(shown)) == (list(range(1, explain.K + 1)), texts[-1])
+    assert (list(map(int, ranks)), list(shown)) == (list(range(1, trace.K + 1)), texts[-1])
     np.testing.assert_allclose([float(p) for p in found], 100 * expected.values[-1], atol=0.0051)
     cells = re.findall(r" +(\d+\.\d) (.+?) *(?= \d+\.\d b?['\"]|$)", "\n".join(line[4:] for line in lens), re.M)
     np.testing.assert_allclose([float(p) for p, _ in cells], 100 * expected.values[:-1].flatten(), atol=0.051)
@@ -154,7 +154,7 @@ def test_the_page_has_the_values_of_transformers(run, tmp_path, tiny, transforme
     maps = np.zeros((*data["shape"], n, n))
     maps[..., *np.tril_indices(n)] = weights.reshape(*data["shape"], -1)
     np.testing.assert_allclose(maps, [a[0] for a in output.attentions], atol=1.1e-5)
-    expected = logits.softmax(-1).topk(explain.K)
+    expected = logits.softmax(-1).topk(trace.K)
     found = np.array(data["next"])  # [n_layer+1, n_seq, K, 2]
     np.testing.assert_array_equal(found[..., 0], expected.indices)
     np.testing.assert_allclose(found[..., 1], expected.values, rtol=1e-4, atol=1e-7)

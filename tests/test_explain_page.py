@@ -2,15 +2,13 @@
 
 import pathlib
 import re
-import shutil
 
 import numpy as np
 import pytest
 
-from cli.explain import K, token_text
 from cli.generate import run as run_gpt2
-from explain.page import make_page, read_template
-from explain.trace import logit_lens, trace
+from explain.page import make_page, read_template, token_text
+from explain.trace import K, logit_lens, trace
 from gpt2 import softmax
 from tests.conftest import TINY
 
@@ -56,19 +54,6 @@ REQUESTS = """async (url) => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium or Chrome, controlled by playwright."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright (requirements-dev.txt) is not installed")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=path)
-        yield chromium
-        chromium.close()
-
-
 @pytest.fixture
 def page_of(tiny_flags, tmp_path):
     """A function from a prompt to the path of its page, written by gpt2.py."""
@@ -102,11 +87,11 @@ def opened(browser, page_of):
 
 @pytest.fixture(scope="module")
 def forward(tiny):
-    """A function from a prompt to its ids, the text of every id, its Trace, and the probabilities for each layer."""
+    """A function from a prompt or ids to the ids, the text of every id, the Trace, and each layer's probabilities."""
     encoder, hparams, params = tiny
 
     def run(prompt):
-        ids = encoder.encode(prompt)
+        ids = encoder.encode(prompt) if isinstance(prompt, str) else prompt
         traced = trace(ids, params, hparams["n_head"])
         logits = logit_lens(traced.hidden, params["ln_f"], params["wte"])
         texts = np.array([token_text(encoder, i) for i in range(TINY["n_vocab"])], dtype=object)

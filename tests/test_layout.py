@@ -10,8 +10,9 @@ import pytest
 from tests.conftest import ROOT
 from tests.programs import SECONDS
 
-FOLDERS = ("cli", "engines", "explain", "official", "training", "weights")
-PROGRAMS = ("gpt2", "gpt2_pico", "train", "evaluate", "microgpt", "baby_gpt", "official.compare", "training.scaling")
+FOLDERS = ("cli", "engines", "explain", "official", "serve", "training", "weights")
+PROGRAMS = ("gpt2", "gpt2_pico", "train", "evaluate", "microgpt", "baby_gpt", "serve.py")
+PROGRAMS += ("official.compare", "training.scaling")
 # What each module, or each module of a folder, may import of this project. cli may import everything.
 ALLOWED = {
     "gpt2": (),
@@ -24,6 +25,8 @@ ALLOWED = {
     "engines": ("gpt2", "engines", "weights"),
     "training": ("gpt2", "encoder", "sampling", "utils", "engines", "training", "weights"),
     "explain": ("gpt2", "sampling", "engines", "training", "explain", "weights"),
+    "serve": ("gpt2", "sampling", "engines", "explain", "serve", "weights"),
+    "serve.py": (),
     "official": ("gpt2", "utils", "official", "weights"),
     "official.theirs": ("encoder",),  # OpenAI's, not ours: it runs in a process of its own
     "train": ("training",),
@@ -35,7 +38,10 @@ ALLOWED = {
 def modules():
     """The path of every module of this project by its dotted name; tests and benchmarks are not part of it."""
     paths = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))]
-    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
+    # import serve finds the folder, not the program
+    names = ["serve.py" if path == ROOT / "serve.py" else name for name, path in zip(names, paths, strict=True)]
+    return dict(zip(names, paths, strict=True))
 
 
 MODULES = modules()
@@ -66,8 +72,8 @@ def is_inside(name, places):
     return any(name == place or name.startswith(f"{place}.") for place in places)
 
 
-def test_nine_files_at_the_top_level():
-    names = "gpt2 gpt2_pico encoder sampling utils train evaluate microgpt baby_gpt"
+def test_ten_files_at_the_top_level():
+    names = "gpt2 gpt2_pico encoder sampling utils train evaluate serve microgpt baby_gpt"
     assert {path.stem for path in ROOT.glob("*.py")} == set(names.split())
 
 
