@@ -48,6 +48,11 @@ def add_general_options(parser):
         help=f"{', '.join(N_PARAMS)}, or a folder in models_dir (default: 124M)",
     )
     parser.add_models_dir()
+    add(
+        "--slide",
+        action="store_true",
+        help="when the context is full, or the prompt exceeds it, go on with its newest half (default: an error)",
+    )
     add("--stop_at_end_of_text", action="store_true", help=f"stop when the model generates {END_OF_TEXT}")
     add(
         "--stream",
@@ -165,6 +170,10 @@ def check_options(options):
         raise UserError("--output needs --prompts_file; to save one continuation, redirect: > FILE")
     if options.draft_model is not None and options.speculate != "off":
         raise UserError(f"--draft_model and --speculate {options.speculate} both draft tokens; leave one out")
+    if options.slide and options.engine == "jax":
+        raise UserError(
+            "--slide does not work with --engine jax, whose random numbers belong to positions; leave one out"
+        )
     if options.temperature == 0 and (options.top_k or options.top_p < 1 or options.seed is not None):
         print(
             "note: at temperature 0 nothing is sampled, so --top_k, --top_p and --seed have no effect; "
@@ -179,6 +188,8 @@ def check_prompts_file_options(options):
     """Raise UserError for options that cannot be combined with --prompts_file."""
     if options.stream is not None:
         raise UserError("--prompts_file prints each continuation when it is complete; leave --stream out")
+    if options.slide:
+        raise UserError("--slide works on one continuation at a time; leave it out, or leave out --prompts_file")
     if options.draft_model is not None or options.speculate != "off":
         drafts = f"--speculate {options.speculate}" if options.draft_model is None else "--draft_model"
         raise UserError(f"{drafts} works on one prompt at a time; leave it out, or leave out --prompts_file")
