@@ -132,7 +132,8 @@ def check_prompt_fits(n_prompt, n_new, n_ctx):
     if n_prompt + n_new <= n_ctx:
         return
     total = f" + {n_new} to generate = {n_prompt + n_new}" if n_new else ""
-    remedy = f" or set --n_tokens_to_generate to {n_ctx - n_prompt}" if n_prompt < n_ctx else ""
+    remedy = f", set --n_tokens_to_generate to {n_ctx - n_prompt}" if n_prompt < n_ctx else ""
+    remedy += ", or see --slide" if n_new else ""
     raise UserError(
         f"{n_prompt} prompt tokens{total}, more than the {n_ctx} of the model's context; shorten the prompt{remedy}"
     )

@@ -128,9 +128,9 @@ def test_no_tokens_and_a_full_context_work_and_one_more_token_is_refused(inside,
     arguments = [TWELVE * 10, *tiny_flags, "--n_tokens_to_generate"]
     assert_prints(inside(*arguments, 0), "")
     assert_prints(inside(*arguments, 8), truth(TWELVE * 10, 8))
-    words = ("120 prompt tokens", "9 to generate", "129", "128", "--n_tokens_to_generate to 8")
+    words = ("120 prompt tokens", "9 to generate", "129", "128", "--n_tokens_to_generate to 8, or see --slide\n")
     assert_mistake(inside(*arguments, 9), *words)
-    assert_mistake(inside("0" * 1000, *tiny_flags), "tokens", "128", "shorten the prompt\n")
+    assert_mistake(inside("0" * 1000, *tiny_flags), "tokens", "128", "shorten the prompt, or see --slide\n")
 
 
 # Options

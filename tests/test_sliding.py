@@ -134,7 +134,11 @@ def test_several_samples_and_the_lines_of_a_session(inside, models_dir, text):
     assert_prints(found, f"=== sample 1 ===\n{texts[0]}\n=== sample 2 ===\n{texts[1]}")
 
 
-def test_what_slide_does_not_work_with(inside, tiny_flags):
+def test_what_slide_does_not_work_with(inside, tiny_flags, vocabulary_dir, tmp_path):
+    (tmp_path / "one").mkdir()
+    copy_vocabulary(tmp_path / "one", vocabulary_dir)
+    write_safetensors(tmp_path / "one", TINY | {"n_ctx": 1}, random_tensors(TINY | {"n_ctx": 1}))
+    assert_mistake(inside("a", "--slide", "--models_dir", tmp_path, "--model_size", "one"), "more than the 1 of the")
     assert_mistake(inside("--prompts_file", "-", "--slide", *tiny_flags), "--slide", "leave out --prompts_file")
     assert_mistake(inside("x", "--engine", "jax", "--slide", *tiny_flags), "--slide", "--engine jax")
     assert_mistake(inside("x", "--explain", "--slide", *tiny_flags), "leave out --slide")
