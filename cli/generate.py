@@ -12,6 +12,7 @@ from weights.errors import UserError
 from weights.releases import N_PARAMS
 
 EXPLAIN_OPTIONS = ("explain", "prompt", "model_size", "models_dir")  # the options that --explain uses
+LIST_OPTIONS = ("list_models", "models_dir")
 
 
 def parse_page(text):
@@ -48,6 +49,12 @@ def add_general_options(parser):
         help=f"{', '.join(N_PARAMS)}, or a folder in models_dir (default: 124M)",
     )
     parser.add_models_dir()
+    add("--list_models", action="store_true", help="print a table of the models in models_dir")
+    add(
+        "--slide",
+        action="store_true",
+        help="when the context is full, or the prompt exceeds it, go on with its newest half (default: an error)",
+    )
     add("--stop_at_end_of_text", action="store_true", help=f"stop when the model generates {END_OF_TEXT}")
     add(
         "--stream",
@@ -126,10 +133,16 @@ def run(argv=None):
 
 def dispatch(options):
     """Check the options and run the part of the program that they ask for."""
+    if options.list_models:
+        from cli.list_models import run_list_models
+
+        check_only(options, LIST_OPTIONS)
+        run_list_models(options)
+        return
     if options.explain is not None:
         from cli.explain import run_explain
 
-        check_explain_options(options)
+        check_only(options, EXPLAIN_OPTIONS)
         run_explain(options)
         return
     check_options(options)
@@ -144,16 +157,13 @@ def dispatch(options):
         Session(options).run()
 
 
-def check_explain_options(options):
-    """Raise UserError for options that --explain does not use."""
+def check_only(options, used):
+    """Raise UserError for options that are not among those that the first of them, which does not generate, uses."""
     parser = make_parser()
-    unused = [
-        f"--{name}"
-        for name, value in vars(options).items()
-        if name not in EXPLAIN_OPTIONS and value != parser.get_default(name)
-    ]
-    if unused:
-        raise UserError(f"--explain does not generate text; leave out {', '.join(unused)}")
+    given = [name for name, value in vars(options).items() if name not in used and value != parser.get_default(name)]
+    if given:
+        unused = ["the prompt" if name == "prompt" else f"--{name}" for name in given]
+        raise UserError(f"--{used[0]} does not generate text; leave out {', '.join(unused)}")
 
 
 def check_options(options):
@@ -165,6 +175,10 @@ def check_options(options):
         raise UserError("--output needs --prompts_file; to save one continuation, redirect: > FILE")
     if options.draft_model is not None and options.speculate != "off":
         raise UserError(f"--draft_model and --speculate {options.speculate} both draft tokens; leave one out")
+    if options.slide and options.engine == "jax":
+        raise UserError(
+            "--slide does not work with --engine jax, whose random numbers belong to positions; leave one out"
+        )
     if options.temperature == 0 and (options.top_k or options.top_p < 1 or options.seed is not None):
         print(
             "note: at temperature 0 nothing is sampled, so --top_k, --top_p and --seed have no effect; "
@@ -179,6 +193,8 @@ def check_prompts_file_options(options):
     """Raise UserError for options that cannot be combined with --prompts_file."""
     if options.stream is not None:
         raise UserError("--prompts_file prints each continuation when it is complete; leave --stream out")
+    if options.slide:
+        raise UserError("--slide works on one continuation at a time; leave it out, or leave out --prompts_file")
     if options.draft_model is not None or options.speculate != "off":
         drafts = f"--speculate {options.speculate}" if options.draft_model is None else "--draft_model"
         raise UserError(f"{drafts} works on one prompt at a time; leave it out, or leave out --prompts_file")

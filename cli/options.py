@@ -15,18 +15,29 @@ import warnings
 from weights.errors import UserError, printable
 from weights.files import FULL
 
+# The commands that pip installs, of pyproject.toml, by script
+COMMANDS = {"gpt2.py": "gpt2", "train.py": "gpt2-train", "evaluate.py": "gpt2-evaluate"}
 EXIT_MISTAKE, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 2, 130, 141  # the last two are 128 + SIGINT, 128 + SIGPIPE
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser without abbreviated options that raises UserError for mistakes.
+    """An ArgumentParser without abbreviated options that raises UserError for mistakes. It has --help and --version.
 
-    hint: text appended to the message about unrecognized arguments.
+    prog: the name of the script. hint: text appended to the message about unrecognized arguments.
     """
 
-    def __init__(self, hint="", **options):
-        super().__init__(allow_abbrev=False, **options)
+    def __init__(self, prog, hint="", **options):
+        super().__init__(command_name(prog), allow_abbrev=False, **options)
         self.hint = hint
+        help_text = "show the versions of this project, Python, NumPy and its BLAS, numba and JAX, and exit"
+        self.add_argument("--version", action=ShowVersions, nargs=0, dest=argparse.SUPPRESS, help=help_text)
+
+    def parse_args(self, args=None):
+        if "_ARGCOMPLETE" in os.environ:  # a shell asks how to complete a command: see docs/cli.md
+            import argcomplete
+
+            argcomplete.autocomplete(self)
+        return super().parse_args(args)
 
     def add_models_dir(self):
         self.add_argument(
@@ -50,7 +61,24 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         hint = self.hint if message.startswith("unrecognized") else ""
-        raise UserError(f"{message}{hint}; see python {self.prog} --help")
+        command = self.prog if self.prog in COMMANDS.values() else f"python {self.prog}"
+        raise UserError(f"{message}{hint}; see {command} --help")
+
+
+class ShowVersions(argparse.Action):
+    """Print the versions and exit."""
+
+    def __call__(self, parser, *_):
+        from cli.version import describe_versions
+
+        print(describe_versions())
+        parser.exit()
+
+
+def command_name(script):
+    """Return the command that this process is, if pip has installed it for a script, or else the script."""
+    started = os.path.basename(sys.argv[0]).removesuffix(".exe")
+    return started if started == COMMANDS.get(script) else script
 
 
 def parse_count(text):
@@ -102,7 +130,8 @@ parse_fraction = number_type(lambda x: 0 <= x < 1, "at least 0 and below 1")
 def exit_code(program, work, argv=None):
     """Call work() and return its result (None: 0); print an exception as one line and return its exit code.
 
-    argv is None when a program calls this and then exits; it then ignores further Ctrl-C.
+    program: the name of the script. argv is None when a program calls this and then exits; it then ignores further
+    Ctrl-C.
     """
     prepare_streams()
     with contextlib.redirect_stderr(BestEffort(sys.stderr)):
@@ -117,7 +146,7 @@ def exit_code(program, work, argv=None):
         except (UserError, FloatingPointError, OSError, MemoryError) as error:
             line = shorten(printable(describe(error)).replace("\n", " "))
             with contextlib.suppress(BrokenPipeError):
-                print(f"{program}: error: {line}", file=sys.stderr, flush=True)
+                print(f"{command_name(program)}: error: {line}", file=sys.stderr, flush=True)
             if one_of_several():
                 os._exit(EXIT_MISTAKE)  # otherwise JAX would wait for the other processes
             return EXIT_MISTAKE

@@ -6,6 +6,7 @@ else goes to standard error.
 
 import codecs
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -15,6 +16,7 @@ from cli.engine import model_and_params, pays_off
 from encoder import END_OF_TEXT
 from engines.batching import generate_batch, in_order
 from engines.instance import recording
+from engines.sliding import slide
 from sampling import make_sampler
 from utils import load_encoder_hparams_and_params
 from weights.errors import UserError, printable
@@ -53,10 +55,12 @@ class Generator:
     def prompt_ids(self, prompt):
         """Return the token ids of a prompt, with an empty one replaced by the start of unconditional generation.
 
-        Raises UserError if they and the tokens to generate exceed the model's context.
+        Raises UserError if they and the tokens to generate exceed the model's context, unless it slides.
         """
         ids = self.encoder.encode(prompt) or self.encoder.start_ids()
-        check_prompt_fits(len(ids), self.options.n_tokens_to_generate, self.hparams["n_ctx"])
+        n_new = self.options.n_tokens_to_generate
+        sizes = (1, min(1, n_new)) if self.options.slide else (len(ids), n_new)
+        check_prompt_fits(*sizes, self.hparams["n_ctx"])
         return ids
 
     def sampler(self, i):
@@ -68,10 +72,15 @@ class Generator:
 
     def generate_tokens(self, ids, i):
         """Yield the token ids of sample i one by one."""
-        n = self.options.n_tokens_to_generate
+        n, options = self.options.n_tokens_to_generate, {"sample": self.sampler(i), "stop_id": self.stop_id}
         if self.speculation:
-            return self.speculation.generate_tokens(ids, n, self.sampler(i), self.stop_id)
-        return self.model.generate_tokens(ids, self.params, self.n_head, n, self.sampler(i), self.stop_id)
+            generate_tokens = functools.partial(self.speculation.generate_tokens, **options)
+        else:
+            bound = {"params": self.params, "n_head": self.n_head} | options
+            generate_tokens = functools.partial(self.model.generate_tokens, **bound)
+        if self.options.slide:
+            return slide(generate_tokens, ids, self.hparams["n_ctx"], n)
+        return generate_tokens(ids, n_tokens_to_generate=n)
 
     def generate_batch(self, requests, n_continuations):
         """Yield the continuations of a list of requests; see engines.batching.generate_batch.
@@ -123,7 +132,8 @@ def check_prompt_fits(n_prompt, n_new, n_ctx):
     if n_prompt + n_new <= n_ctx:
         return
     total = f" + {n_new} to generate = {n_prompt + n_new}" if n_new else ""
-    remedy = f" or set --n_tokens_to_generate to {n_ctx - n_prompt}" if n_prompt < n_ctx else ""
+    remedy = f", set --n_tokens_to_generate to {n_ctx - n_prompt}" if n_prompt < n_ctx else ""
+    remedy += ", or see --slide" if n_new else ""
     raise UserError(
         f"{n_prompt} prompt tokens{total}, more than the {n_ctx} of the model's context; shorten the prompt{remedy}"
     )
@@ -138,7 +148,7 @@ class Session:
         self.stream = sys.stdout.isatty() and options.n_samples == 1 if options.stream is None else options.stream
         self.prompt = None if options.interactive else read_prompt(options)
         self.generator = Generator(options)
-        self.one_by_one = options.n_samples == 1 or self.stream or self.generator.drafts
+        self.one_by_one = options.n_samples == 1 or self.stream or self.generator.drafts or options.slide
 
     def run(self):
         if self.options.interactive:

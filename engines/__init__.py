@@ -1,1 +1,1 @@
-"""Faster ways to run gpt2.py's own functions. Imports gpt2 and weights."""
+"""Other ways to run gpt2.py's own functions: faster ones, and beyond the context. Imports gpt2 and weights."""

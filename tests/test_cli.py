@@ -128,9 +128,9 @@ def test_no_tokens_and_a_full_context_work_and_one_more_token_is_refused(inside,
     arguments = [TWELVE * 10, *tiny_flags, "--n_tokens_to_generate"]
     assert_prints(inside(*arguments, 0), "")
     assert_prints(inside(*arguments, 8), truth(TWELVE * 10, 8))
-    words = ("120 prompt tokens", "9 to generate", "129", "128", "--n_tokens_to_generate to 8")
+    words = ("120 prompt tokens", "9 to generate", "129", "128", "--n_tokens_to_generate to 8, or see --slide\n")
     assert_mistake(inside(*arguments, 9), *words)
-    assert_mistake(inside("0" * 1000, *tiny_flags), "tokens", "128", "shorten the prompt\n")
+    assert_mistake(inside("0" * 1000, *tiny_flags), "tokens", "128", "shorten the prompt, or see --slide\n")
 
 
 # Options
@@ -557,11 +557,16 @@ ATTACH = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); 
 class Terminal(contextlib.AbstractContextManager):
     """A program at a pseudo-terminal: the text on the screen, the keys that a person types."""
 
-    def __init__(self, arguments):
+    def __init__(self, arguments, **environment):
         self.master, screen = pty.openpty()
         termios.tcsetwinsize(screen, (24, 80))
         arguments = [sys.executable, "-c", ATTACH, *arguments]
-        streams = {"stdin": screen, "stdout": screen, "stderr": screen, "env": os.environ | {"TERM": "dumb"}}
+        streams = {
+            "stdin": screen,
+            "stdout": screen,
+            "stderr": screen,
+            "env": os.environ | {"TERM": "dumb"} | environment,
+        }
         self.process = subprocess.Popen(arguments, start_new_session=True, cwd=ROOT, **streams)
         os.close(screen)
         self.decoder, self.shown = codecs.getincrementaldecoder("utf-8")("replace"), ""
@@ -601,7 +606,7 @@ class Terminal(contextlib.AbstractContextManager):
 def terminal():
     """A function that starts a program at a terminal of its own; the program ends with the test."""
     with contextlib.ExitStack() as stack:
-        yield lambda arguments: stack.enter_context(Terminal(arguments))
+        yield lambda arguments, **environment: stack.enter_context(Terminal(arguments, **environment))
 
 
 def test_terminal_answers_until_ctrl_d(terminal, letters_flags):
@@ -641,6 +646,14 @@ def test_terminal_shows_a_bar_only_if_tokens_are_not_streamed(terminal, letters_
     shown, code = terminal(command(*arguments, "--no-stream")).read_to_the_end()
     assert code == 0
     assert "generating" in shown and shown.endswith("aaaaa\n")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["x", "--no-stream"]])
+def test_no_color(terminal, letters_flags, arguments):
+    """From Python 3.14 on, argparse colors the help at a terminal; it honours NO_COLOR itself."""
+    screen = terminal(command(*arguments, *letters_flags), TERM="xterm-256color", NO_COLOR="1")
+    shown, code = screen.read_to_the_end()
+    assert code == 0 and len(shown) > 40 and "\x1b" not in shown
 
 
 @pytest.mark.parametrize("flags", ["", "--no-stream", "--n_samples 2", "--interactive", "--prompts_file -"])

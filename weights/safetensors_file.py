@@ -133,6 +133,17 @@ def load_params(path, hparams):
 
     Raises CorruptFile for a damaged file and UserError for tensors that are not those of a GPT-2 of these hparams.
     """
+    tensors, lm_head = map_tensors(path, hparams)
+    if lm_head is not None and not np.array_equal(lm_head, as_bytes(tensors["wte"])):
+        raise UserError(f"{path}: lm_head.weight differs from wte.weight; GPT-2 has one tensor for both: tie them")
+    return nest(tensors, hparams["n_layer"])
+
+
+def map_tensors(path, hparams):
+    """Return the tensors of a model.safetensors by name, and the bytes of lm_head.weight, None if it has none.
+
+    Reads and checks the header only; see load_params for the errors.
+    """
     header, data, _ = open_safetensors(path)
     mask = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks, which some files contain
     names = {name.removeprefix("transformer."): name for name in header}
@@ -150,9 +161,7 @@ def load_params(path, hparams):
         if tensor.size != 4 * math.prod(shape):
             raise CorruptFile(path, f"{tensor.size} bytes for {full_name}, {4 * math.prod(shape)} needed")
         tensors[name] = tensor.view("<f4").reshape(shape)
-    if lm_head and not np.array_equal(tensor_bytes(data, lm_head), tensor_bytes(data, header["wte.weight"])):
-        raise UserError(f"{path}: lm_head.weight differs from wte.weight; GPT-2 has one tensor for both: tie them")
-    return nest(tensors, hparams["n_layer"])
+    return tensors, tensor_bytes(data, lm_head) if lm_head else None
 
 
 def tensor_bytes(data, entry):
