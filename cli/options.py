@@ -16,7 +16,12 @@ from weights.errors import UserError, printable
 from weights.files import FULL
 
 # The commands that pip installs, of pyproject.toml, by script
-COMMANDS = {"gpt2.py": "gpt2", "train.py": "gpt2-train", "evaluate.py": "gpt2-evaluate"}
+COMMANDS = {
+    "gpt2.py": "gpt2",
+    "train.py": "gpt2-train",
+    "evaluate.py": "gpt2-evaluate",
+    "serve.py": "gpt2-serve",
+}
 EXIT_MISTAKE, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 2, 130, 141  # the last two are 128 + SIGINT, 128 + SIGPIPE
 
 
