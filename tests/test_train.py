@@ -925,6 +925,7 @@ def test_mistakes_with_token_files(run, bins, tmp_path, folder):
         (f"{bins} --vocab_size 300", ["--vocab_size does not work with --train_bin"]),
         (f"{bins} --tokenizer bytes", ["--tokenizer does not work with --train_bin"]),
         (f"{bins} --val_bin {tmp_path}/none_*", ["no token file", "none_*"]),
+        (f"{bins} --train_bin=", ["no token file ''"]),
         (f"{bins} --block_size 500", ["500 for validation", "--block_size 499"]),
     ):
         mistake(run(options, small=NO_VOCABULARY, dataset=None), *words)
@@ -932,8 +933,9 @@ def test_mistakes_with_token_files(run, bins, tmp_path, folder):
     whole = path.read_bytes()
     for content, words in (
         (whole[:-1], ["odd number"]),
+        (whole[:8], ["8 bytes, the header alone has 1024"]),
         (whole[:-2], ["998 bytes after the header, expected 1000 for 500 ids"]),
-        (whole[:600], ["expected 1000"]),
+        (whole[:600], ["600 bytes, the header alone has 1024"]),
         (whole[:-2] + b"\xff\xff", ["token id 65535 in a vocabulary of 400"]),
     ):
         path.write_bytes(content)

@@ -82,7 +82,7 @@ def plan_new(model_dir, options, given):
     options: those of new_options(given). given: dict of the options on the command line.
     Raises UserError for a mistake in the options, the data set or the pretrained model.
     """
-    text = None if options.train_bin else read_dataset(options.dataset, options.data_dir)
+    text = read_dataset(options.dataset, options.data_dir) if options.train_bin is None else None
     if options.init_from == "scratch":
         encoder = new_encoder(options, text)
         hparams = {"n_vocab": len(encoder.encoder), "n_ctx": options.block_size}
@@ -171,7 +171,7 @@ def new_data(text, encoder, hparams, options):
 
     text: that of the dataset; None with token files.
     """
-    if options.train_bin:
+    if options.train_bin is not None:
         data = open_token_files(options, hparams["n_vocab"])
         check_length(len(data["train"]), len(data["val"]), options.block_size)
         some = data["val"][:SOME_TOKENS]
@@ -224,7 +224,7 @@ def plan_resumed(model_dir, given):
 
 def open_data(model_dir, options, hparams, state):
     """Return the token ids by split, from the files that the model is trained on; CorruptFile if they have changed."""
-    if options.train_bin:
+    if options.train_bin is not None:
         data = open_token_files(options, hparams["n_vocab"])
         for split, tokens in data.items():
             if len(tokens) != state.tokens[split]:
@@ -254,7 +254,7 @@ def prepare_folder(plan):
     with atomic_write(os.path.join(plan.model_dir, "hparams.json")) as f:
         f.write(json.dumps(plan.hparams).encode("utf-8"))
     save_encoder(plan.encoder, plan.model_dir)
-    if not plan.options.train_bin:
+    if plan.options.train_bin is None:
         for split, ids in plan.data.items():
             save_tokens(os.path.join(plan.model_dir, f"{split}.bin"), ids)
         plan.data = open_data(plan.model_dir, plan.options, plan.hparams, plan.state)
