@@ -11,6 +11,7 @@ import sys
 
 from cli import devices
 from cli.options import (
+    EXIT_INTERRUPTED,
     Parser,
     exit_code,
     parse_count,
@@ -43,6 +44,9 @@ def parse_name(text):
     return text
 
 
+# Flags of XLA, so that a resumed run continues bit for bit on GPUs. With the first alone, the gradient of an embedding
+# is added up in a loop over the tokens of a batch; with the second, they are sorted first.
+DETERMINISTIC = "--xla_gpu_exclude_nondeterministic_ops", "--xla_gpu_enable_scatter_determinism_expander"
 TUNABLE = {  # options with a default: (type or choices, help text) by name
     "model": {
         "n_layer": (parse_positive, "transformer blocks"),
@@ -152,7 +156,7 @@ def run(argv=None):
 
 
 def run_training(given):
-    """Train a model. given: dict of the options on the command line. Raises KeyboardInterrupt if Ctrl-C stopped it."""
+    """Train a model; return EXIT_INTERRUPTED if Ctrl-C stopped it, else 0. given: dict of the options."""
     resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
     on = argparse.Namespace(**{name: given.pop(name, None) for name in devices.OPTIONS})
     devices.check_process_options(on)
@@ -179,9 +183,10 @@ def run_training(given):
             finished = train(trainer, Report(trainer) if is_first else NoReport())
     if not finished:
         say(interruption(plan), is_first)
-        raise KeyboardInterrupt
+        return EXIT_INTERRUPTED
     if is_first:
         print_result(plan)
+    return 0
 
 
 def say(line, is_first):
@@ -203,9 +208,9 @@ def start_engine(engine, given, on):
     devices.check_jax_options(argparse.Namespace(**vars(on) | jax_only | {"engine": engine}))
     if engine != "jax":
         return True
-    name = "--xla_gpu_exclude_nondeterministic_ops"  # a resumed run continues bit for bit
-    if name not in (flags := os.environ.get("XLA_FLAGS", "")):
-        os.environ["XLA_FLAGS"] = f"{flags} {name}=true"
+    for name in DETERMINISTIC:
+        if name not in (flags := os.environ.get("XLA_FLAGS", "")):
+            os.environ["XLA_FLAGS"] = f"{flags} {name}=true"
     devices.start_jax(on)
     import jax
 

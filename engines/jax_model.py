@@ -110,9 +110,13 @@ def write(cached, new, n_past):  # [b, h, n_max, d], [b, h, n_seq, d], [b, 1] ->
 
 
 def token_losses(logits, targets):  # [b, n_seq, n_vocab], [b, n_seq] -> [b, n_seq]
-    """Return -log softmax(logits)[target] of every position, in nats."""
+    """Return -log softmax(logits)[target] of every position, in nats.
+
+    The targets' logits are a sum, whose gradient is elementwise; that of an index would be a scatter, slow on GPUs.
+    """
     logits = logits.astype(jnp.float32)
-    of_targets = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]  # -> [b, n_seq]
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]  # -> [b, n_seq, n_vocab]
+    of_targets = jnp.sum(logits, axis=-1, where=is_target)  # -> [b, n_seq]
     return jax.nn.logsumexp(logits, axis=-1) - of_targets
 
 

@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
 import gpt2
+from cli import options as cli_options
 from cli import train as train_cli
 from tests import gradients
 from tests.conftest import ROOT, assert_transformers_agree, contents
@@ -179,6 +181,13 @@ def test_products_are_of_bfloat16_and_the_residual_stream_and_logits_of_blocks_a
         assert set(re.findall(rf"(\w+)\[[\d,]*\] = {name} ", jaxpr)) <= {"f32"}
 
 
+def test_the_gradient_of_the_loss_has_no_scatter():
+    """Those of the embeddings have one each; one over the logits would be slow on GPUs."""
+    trainer = new_trainer()
+    inputs = *trainer.on_devices, trainer.random_batches(0), np.zeros(2, np.uint32), np.float32(0)
+    assert trainer.step.lower(*inputs).as_text().count('"stablehlo.scatter"(') == 2
+
+
 def test_dropout_keeps_a_share_and_the_mean_and_follows_from_seed_step_and_batch():
     drop = jax_model.Dropout(0.3)
     drop.seed(jax.random.key(0))
@@ -234,6 +243,7 @@ for shape in [(1, 1), (8, 1), (4, 2), (2, 4)]:
     for zero in [False] if shape == (1, 1) else [False, True] if shape == (4, 2) else [True]:
         trainer = new_trainer(shape, hparams, shard_optimizer=zero, **options)
         found = [*losses(trainer, 5), trainer.estimate_loss("val")]
+        assert trainer.step._cache_size() == trainer.losses._cache_size() == 1, "compiled once"
         expected = expected or found
         np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=str(shape))
         trainer.fetch()
@@ -345,6 +355,39 @@ def test_ctrl_c_in_one_process_stops_both_after_the_same_step(arguments, tmp_pat
     assert [first.returncode, second.returncode] == [130, 130], found
     assert b"and saved; resume with: python train.py" in found[0][1]
     assert state_of(tmp_path / "new")["step"] == state_of(tmp_path / "new")["saved_step"] > 0
+
+
+def test_two_processes_with_different_options_end_at_once(arguments, tmp_path):
+    """They would wait for each other's steps for ever."""
+    port = free_port()
+    together = f"--coordinator 127.0.0.1:{port} --n_processes 2 --process_id"
+    processes = [
+        started(command(*arguments(f"--max_iters {n} {together} {i}"), script="train.py"), env=on_devices(2))
+        for i, n in enumerate((4, 9))
+    ]
+    with processes[0] as first, processes[1] as second:
+        found = [process.communicate(timeout=SECONDS) for process in (first, second)]
+    assert b"the processes do not agree on max_iters;" in found[0][1], found
+    assert first.returncode == 2 and second.returncode != 0 and not (tmp_path / "new").exists()
+
+
+def test_two_processes_write_a_missing_model_again(run, arguments, tmp_path):
+    """Both evaluate, although only the first writes."""
+    assert run(f"--max_iters 3 {STEPS}")[0] == 0
+    (tmp_path / "new" / "model.safetensors").unlink()
+    first, second = two_processes(arguments("--max_iters 4", resume=True))
+    with first as first, second as second:
+        found = [process.communicate(timeout=SECONDS) for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], found
+    assert (tmp_path / "new" / "model.safetensors").exists() and state_of(tmp_path / "new")["step"] == 4
+
+
+def test_an_interrupted_process_of_several_does_not_wait_for_the_others(monkeypatch):
+    codes = []
+    monkeypatch.setattr(cli_options, "one_of_several", lambda: True)
+    monkeypatch.setattr(cli_options.os, "_exit", codes.append)
+    cli_options.exit_code("train.py", Mock(side_effect=KeyboardInterrupt), [])
+    assert codes == [130]
 
 
 # Mistakes

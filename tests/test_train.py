@@ -380,8 +380,8 @@ def test_a_stopped_run_ends_like_an_interrupted_one(folder, text_file):
     """exit_code() then ignores another Ctrl-C while Python exits."""
     options = vars(train_cli.make_parser().parse_args(["--name", "new", "--models_dir", str(folder.parent)]))
     options |= {"dataset": str(text_file), "n_embd": 16, "block_size": 16, "vocab_size": 300, "eval_iters": 1}
-    with at_step(3, lambda: signal.raise_signal(signal.SIGINT)), pytest.raises(KeyboardInterrupt):
-        train_cli.run_training(options)
+    with at_step(3, lambda: signal.raise_signal(signal.SIGINT)):
+        assert train_cli.run_training(options) == 130
     assert state_of(folder)["saved_step"] == 4
 
 
@@ -925,6 +925,7 @@ def test_mistakes_with_token_files(run, bins, tmp_path, folder):
         (f"{bins} --vocab_size 300", ["--vocab_size does not work with --train_bin"]),
         (f"{bins} --tokenizer bytes", ["--tokenizer does not work with --train_bin"]),
         (f"{bins} --val_bin {tmp_path}/none_*", ["no token file", "none_*"]),
+        (f"{bins} --train_bin=", ["no token file ''"]),
         (f"{bins} --block_size 500", ["500 for validation", "--block_size 499"]),
     ):
         mistake(run(options, small=NO_VOCABULARY, dataset=None), *words)
@@ -932,8 +933,9 @@ def test_mistakes_with_token_files(run, bins, tmp_path, folder):
     whole = path.read_bytes()
     for content, words in (
         (whole[:-1], ["odd number"]),
+        (whole[:8], ["8 bytes, the header alone has 1024"]),
         (whole[:-2], ["998 bytes after the header, expected 1000 for 500 ids"]),
-        (whole[:600], ["expected 1000"]),
+        (whole[:600], ["600 bytes, the header alone has 1024"]),
         (whole[:-2] + b"\xff\xff", ["token id 65535 in a vocabulary of 400"]),
     ):
         path.write_bytes(content)

@@ -173,8 +173,10 @@ def map_tokens(path):
         raise CorruptFile(path, f"{len(mapped)} bytes, an odd number; ids have 2 bytes each")
     if tuple(header[:2]) != LLM_C_MAGIC:
         return np.frombuffer(mapped, "<u2")
+    if len(header) < LLM_C_HEADER:
+        raise CorruptFile(path, f"{len(mapped)} bytes, the header alone has {4 * LLM_C_HEADER}")
     n_tokens, n_bytes = int(header[2]), len(mapped) - header.nbytes
-    if len(header) < LLM_C_HEADER or n_bytes != 2 * n_tokens:
+    if n_bytes != 2 * n_tokens:
         raise CorruptFile(path, f"{n_bytes} bytes after the header, expected {2 * n_tokens} for {n_tokens} ids")
     return np.frombuffer(mapped, "<u2", offset=header.nbytes)
 

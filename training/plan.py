@@ -82,7 +82,7 @@ def plan_new(model_dir, options, given):
     options: those of new_options(given). given: dict of the options on the command line.
     Raises UserError for a mistake in the options, the data set or the pretrained model.
     """
-    text = None if options.train_bin else read_dataset(options.dataset, options.data_dir)
+    text = read_dataset(options.dataset, options.data_dir) if options.train_bin is None else None
     if options.init_from == "scratch":
         encoder = new_encoder(options, text)
         hparams = {"n_vocab": len(encoder.encoder), "n_ctx": options.block_size}
@@ -171,7 +171,7 @@ def new_data(text, encoder, hparams, options):
 
     text: that of the dataset; None with token files.
     """
-    if options.train_bin:
+    if options.train_bin is not None:
         data = open_token_files(options, hparams["n_vocab"])
         check_length(len(data["train"]), len(data["val"]), options.block_size)
         some = data["val"][:SOME_TOKENS]
@@ -210,6 +210,8 @@ def plan_resumed(model_dir, given):
         raise UserError(f"{model_dir} is at step {state.step} already; --max_iters must be at least that")
     check_training_memory(options, hparams)
     check_length(state.tokens["train"], state.tokens["val"], options.block_size)
+    if read_or_none(load_params, os.path.join(model_dir, WEIGHTS), hparams) is None:
+        state.best_loss, state.best_step, state.evaluated_step = math.inf, -1, -1  # the next evaluation writes it
     optimizer = new_optimizer({name: np.array(tensor) for name, tensor in tensors["w"].items()}, options)
     optimizer.load_moments(tensors["m"], tensors["v"], state.step)
     encoder = get_encoder(given["name"], given["models_dir"])
@@ -224,7 +226,7 @@ def plan_resumed(model_dir, given):
 
 def open_data(model_dir, options, hparams, state):
     """Return the token ids by split, from the files that the model is trained on; CorruptFile if they have changed."""
-    if options.train_bin:
+    if options.train_bin is not None:
         data = open_token_files(options, hparams["n_vocab"])
         for split, tokens in data.items():
             if len(tokens) != state.tokens[split]:
@@ -246,7 +248,7 @@ def prepare_folder(plan):
     os.makedirs(plan.model_dir, exist_ok=True)
     remove_leftovers(plan.model_dir)
     if plan.state.saved_step >= 0:
-        restore_best_model(plan)
+        restore_config(plan)
         return truncate_log(plan.model_dir, plan.state.step)
     for name in STALE:
         with contextlib.suppress(FileNotFoundError):
@@ -254,22 +256,21 @@ def prepare_folder(plan):
     with atomic_write(os.path.join(plan.model_dir, "hparams.json")) as f:
         f.write(json.dumps(plan.hparams).encode("utf-8"))
     save_encoder(plan.encoder, plan.model_dir)
-    if not plan.options.train_bin:
+    if plan.options.train_bin is None:
         for split, ids in plan.data.items():
             save_tokens(os.path.join(plan.model_dir, f"{split}.bin"), ids)
         plan.data = open_data(plan.model_dir, plan.options, plan.hparams, plan.state)
 
 
-def restore_best_model(plan):
-    """Write config.json again if it is damaged. If model.safetensors is, forget it: the next evaluation writes both."""
+def restore_config(plan):
+    """Write config.json again if it is damaged, unless the next evaluation writes it with model.safetensors."""
     config, weights = (os.path.join(plan.model_dir, name) for name in ("config.json", WEIGHTS))
-    best, found = read_or_none(load_params, weights, plan.hparams), read_or_none(read_hparams, config)
+    found = read_or_none(read_hparams, config)
     if found not in (None, plan.hparams):
         raise UserError(f"{config} and hparams.json differ; correct the wrong one")
-    if best is None:
-        plan.state.best_loss, plan.state.best_step, plan.state.evaluated_step = math.inf, -1, -1
-    elif found is None:
-        save_params(plan.model_dir, best, plan.hparams, plan.encoder.encoder.get(END_OF_TEXT))
+    if found is None and plan.state.best_step >= 0:
+        params = load_params(weights, plan.hparams)
+        save_params(plan.model_dir, params, plan.hparams, plan.encoder.encoder.get(END_OF_TEXT))
 
 
 def read_or_none(read, path, *arguments):
