@@ -328,10 +328,11 @@ def test_a_foreign_host_or_origin_is_refused(server, locked):
     assert ask(locked, body=GREEDY, headers=friend | {"Origin": "https://evil.example"})[0] == 403
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from(["tiny", 1, 2]),
-    lambda children: st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=9), children, max_size=4),
-    max_leaves=8,
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from(["tiny", 1, 2])
+)
+JSON = st.deferred(
+    lambda: SCALARS | st.lists(JSON, max_size=4) | st.dictionaries(st.text(max_size=9), JSON, max_size=4)
 )
 BODIES = st.dictionaries(st.sampled_from(list(FIELDS)) | st.text(max_size=9), JSON, max_size=6)
 
