@@ -43,6 +43,9 @@ def parse_name(text):
     return text
 
 
+# Flags of XLA, so that a resumed run continues bit for bit on GPUs. With the first alone, the gradient of an embedding
+# is added up in a loop over the tokens of a batch; with the second, they are sorted first.
+DETERMINISTIC = "--xla_gpu_exclude_nondeterministic_ops", "--xla_gpu_enable_scatter_determinism_expander"
 TUNABLE = {  # options with a default: (type or choices, help text) by name
     "model": {
         "n_layer": (parse_positive, "transformer blocks"),
@@ -203,9 +206,9 @@ def start_engine(engine, given, on):
     devices.check_jax_options(argparse.Namespace(**vars(on) | jax_only | {"engine": engine}))
     if engine != "jax":
         return True
-    name = "--xla_gpu_exclude_nondeterministic_ops"  # a resumed run continues bit for bit
-    if name not in (flags := os.environ.get("XLA_FLAGS", "")):
-        os.environ["XLA_FLAGS"] = f"{flags} {name}=true"
+    for name in DETERMINISTIC:
+        if name not in (flags := os.environ.get("XLA_FLAGS", "")):
+            os.environ["XLA_FLAGS"] = f"{flags} {name}=true"
     devices.start_jax(on)
     import jax
 

@@ -179,6 +179,13 @@ def test_products_are_of_bfloat16_and_the_residual_stream_and_logits_of_blocks_a
         assert set(re.findall(rf"(\w+)\[[\d,]*\] = {name} ", jaxpr)) <= {"f32"}
 
 
+def test_the_gradient_of_the_loss_has_no_scatter():
+    """Those of the embeddings have one each; one over the logits would be slow on GPUs."""
+    trainer = new_trainer()
+    inputs = *trainer.on_devices, trainer.random_batches(0), np.zeros(2, np.uint32), np.float32(0)
+    assert trainer.step.lower(*inputs).as_text().count('"stablehlo.scatter"(') == 2
+
+
 def test_dropout_keeps_a_share_and_the_mean_and_follows_from_seed_step_and_batch():
     drop = jax_model.Dropout(0.3)
     drop.seed(jax.random.key(0))
@@ -234,6 +241,7 @@ for shape in [(1, 1), (8, 1), (4, 2), (2, 4)]:
     for zero in [False] if shape == (1, 1) else [False, True] if shape == (4, 2) else [True]:
         trainer = new_trainer(shape, hparams, shard_optimizer=zero, **options)
         found = [*losses(trainer, 5), trainer.estimate_loss("val")]
+        assert trainer.step._cache_size() == trainer.losses._cache_size() == 1, "compiled once"
         expected = expected or found
         np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=str(shape))
         trainer.fetch()
