@@ -355,6 +355,31 @@ def test_ctrl_c_in_one_process_stops_both_after_the_same_step(arguments, tmp_pat
     assert state_of(tmp_path / "new")["step"] == state_of(tmp_path / "new")["saved_step"] > 0
 
 
+def test_two_processes_with_different_options_end_at_once(arguments, tmp_path):
+    """They would wait for each other's steps for ever."""
+    port = free_port()
+    together = f"--coordinator 127.0.0.1:{port} --n_processes 2 --process_id"
+    processes = [
+        started(command(*arguments(f"--max_iters {n} {together} {i}"), script="train.py"), env=on_devices(2))
+        for i, n in enumerate((4, 9))
+    ]
+    with processes[0] as first, processes[1] as second:
+        found = [process.communicate(timeout=SECONDS) for process in (first, second)]
+    assert b"the processes do not agree on max_iters;" in found[0][1], found
+    assert first.returncode == 2 and second.returncode != 0 and not (tmp_path / "new").exists()
+
+
+def test_two_processes_write_a_missing_model_again(run, arguments, tmp_path):
+    """Both evaluate, although only the first writes."""
+    assert run(f"--max_iters 3 {STEPS}")[0] == 0
+    (tmp_path / "new" / "model.safetensors").unlink()
+    first, second = two_processes(arguments("--max_iters 4", resume=True))
+    with first as first, second as second:
+        found = [process.communicate(timeout=SECONDS) for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], found
+    assert (tmp_path / "new" / "model.safetensors").exists() and state_of(tmp_path / "new")["step"] == 4
+
+
 # Mistakes
 
 

@@ -5,7 +5,9 @@ of all devices; along `model` the parameters are sharded, and AdamW's moments ar
 """
 
 import contextlib
+import dataclasses
 import functools
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,7 @@ class JaxTrainer(Trainer):
         options, self.n_head = self.options, self.hparams["n_head"]
         self.mesh = make_mesh(self.params, self.n_head, shape or (jax.device_count(), 1))
         check_batch(options, self.mesh.shape["data"])
+        check_processes(plan, self.mesh)
         self.writes_files, self.n_layer = jax.process_index() == 0, self.hparams["n_layer"]
         platform = self.mesh.devices.flat[0].platform
         self.model = training_model(self.n_head, options.dropout, options.dtype, options.remat, platform)
@@ -137,6 +140,7 @@ class JaxTrainer(Trainer):
     def dry_run(self):
         """Make a step, and undo it."""
         self.update(learning_rate=0.0)
+        self.on_devices = None  # makes room
         self.put_on_devices()
 
     # Evaluation and saving
@@ -186,4 +190,24 @@ def check_batch(options, n_data):
         raise UserError(
             f"--batch_size {options.batch_size} does not divide by {n_data} groups of devices; set --batch_size "
             f"{larger}, or other --devices"
+        )
+
+
+def check_processes(plan, mesh):
+    """Raise UserError, in every process, unless all have the same options, progress, sizes of data, weights and mesh.
+
+    Otherwise they would wait for each other for ever, or each would train a part of another model.
+    """
+    if jax.process_count() == 1:
+        return
+    run = dataclasses.asdict(plan.options) | dataclasses.asdict(plan.state) | {"devices": mesh.devices.shape}
+    run["weights"] = [zlib.crc32(tensor) for tensor in plan.optimizer.tensors.values()]
+    del run["threads"]  # the numbers of cores may differ
+    sums = np.array([zlib.crc32(repr(value).encode("utf-8")) for value in run.values()], np.uint32)
+    is_other = np.any(process_allgather(sums) != sums, axis=0)
+    if any(is_other):
+        names = ", ".join(name for name, other in zip(run, is_other, strict=True) if other)
+        raise UserError(
+            f"the processes do not agree on {names}; start the same command on every host, with the same files and "
+            "versions, and only another --process_id"
         )

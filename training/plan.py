@@ -210,6 +210,8 @@ def plan_resumed(model_dir, given):
         raise UserError(f"{model_dir} is at step {state.step} already; --max_iters must be at least that")
     check_training_memory(options, hparams)
     check_length(state.tokens["train"], state.tokens["val"], options.block_size)
+    if read_or_none(load_params, os.path.join(model_dir, WEIGHTS), hparams) is None:
+        state.best_loss, state.best_step, state.evaluated_step = math.inf, -1, -1  # the next evaluation writes it
     optimizer = new_optimizer({name: np.array(tensor) for name, tensor in tensors["w"].items()}, options)
     optimizer.load_moments(tensors["m"], tensors["v"], state.step)
     encoder = get_encoder(given["name"], given["models_dir"])
@@ -246,7 +248,7 @@ def prepare_folder(plan):
     os.makedirs(plan.model_dir, exist_ok=True)
     remove_leftovers(plan.model_dir)
     if plan.state.saved_step >= 0:
-        restore_best_model(plan)
+        restore_config(plan)
         return truncate_log(plan.model_dir, plan.state.step)
     for name in STALE:
         with contextlib.suppress(FileNotFoundError):
@@ -260,16 +262,15 @@ def prepare_folder(plan):
         plan.data = open_data(plan.model_dir, plan.options, plan.hparams, plan.state)
 
 
-def restore_best_model(plan):
-    """Write config.json again if it is damaged. If model.safetensors is, forget it: the next evaluation writes both."""
+def restore_config(plan):
+    """Write config.json again if it is damaged, unless the next evaluation writes it with model.safetensors."""
     config, weights = (os.path.join(plan.model_dir, name) for name in ("config.json", WEIGHTS))
-    best, found = read_or_none(load_params, weights, plan.hparams), read_or_none(read_hparams, config)
+    found = read_or_none(read_hparams, config)
     if found not in (None, plan.hparams):
         raise UserError(f"{config} and hparams.json differ; correct the wrong one")
-    if best is None:
-        plan.state.best_loss, plan.state.best_step, plan.state.evaluated_step = math.inf, -1, -1
-    elif found is None:
-        save_params(plan.model_dir, best, plan.hparams, plan.encoder.encoder.get(END_OF_TEXT))
+    if found is None and plan.state.best_step >= 0:
+        params = load_params(weights, plan.hparams)
+        save_params(plan.model_dir, params, plan.hparams, plan.encoder.encoder.get(END_OF_TEXT))
 
 
 def read_or_none(read, path, *arguments):
