@@ -100,27 +100,28 @@ parse_fraction = number_type(lambda x: 0 <= x < 1, "at least 0 and below 1")
 
 
 def exit_code(program, work, argv=None):
-    """Call work() and return its result (None: 0); print an exception as one line and return its exit code.
+    """Call work() and return its result, an exit code (None: 0); print an exception as one line and return its code.
 
     argv is None when a program calls this and then exits; it then ignores further Ctrl-C.
     """
     prepare_streams()
     with contextlib.redirect_stderr(BestEffort(sys.stderr)):
         try:
-            return run_and_flush(work)
+            code = run_and_flush(work)
         except KeyboardInterrupt:
-            if argv is None:
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # it would print a traceback while Python exits
-            return EXIT_INTERRUPTED
+            code = EXIT_INTERRUPTED
+            leave_others(code)
         except BrokenPipeError:
             return EXIT_CLOSED_PIPE
         except (UserError, FloatingPointError, OSError, MemoryError) as error:
             line = shorten(printable(describe(error)).replace("\n", " "))
             with contextlib.suppress(BrokenPipeError):
                 print(f"{program}: error: {line}", file=sys.stderr, flush=True)
-            if one_of_several():
-                os._exit(EXIT_MISTAKE)  # otherwise JAX would wait for the other processes
+            leave_others(EXIT_MISTAKE)
             return EXIT_MISTAKE
+        if code == EXIT_INTERRUPTED and argv is None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # it would print a traceback while Python exits
+        return code
 
 
 def shorten(line, n=500):
@@ -157,6 +158,12 @@ def run_and_flush(work):
 def one_of_several():
     """Return whether this process has joined others (see cli/devices.py)."""
     return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+
+
+def leave_others(code):
+    """If this process has joined others, end it at once, because otherwise JAX would wait for them."""
+    if one_of_several():
+        os._exit(code)
 
 
 class BestEffort:

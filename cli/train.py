@@ -11,6 +11,7 @@ import sys
 
 from cli import devices
 from cli.options import (
+    EXIT_INTERRUPTED,
     Parser,
     exit_code,
     parse_count,
@@ -155,7 +156,7 @@ def run(argv=None):
 
 
 def run_training(given):
-    """Train a model. given: dict of the options on the command line. Raises KeyboardInterrupt if Ctrl-C stopped it."""
+    """Train a model; return EXIT_INTERRUPTED if Ctrl-C stopped it, else 0. given: dict of the options."""
     resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
     on = argparse.Namespace(**{name: given.pop(name, None) for name in devices.OPTIONS})
     devices.check_process_options(on)
@@ -182,9 +183,10 @@ def run_training(given):
             finished = train(trainer, Report(trainer) if is_first else NoReport())
     if not finished:
         say(interruption(plan), is_first)
-        raise KeyboardInterrupt
+        return EXIT_INTERRUPTED
     if is_first:
         print_result(plan)
+    return 0
 
 
 def say(line, is_first):

@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
 import gpt2
+from cli import options as cli_options
 from cli import train as train_cli
 from tests import gradients
 from tests.conftest import ROOT, assert_transformers_agree, contents
@@ -378,6 +380,14 @@ def test_two_processes_write_a_missing_model_again(run, arguments, tmp_path):
         found = [process.communicate(timeout=SECONDS) for process in (first, second)]
     assert [first.returncode, second.returncode] == [0, 0], found
     assert (tmp_path / "new" / "model.safetensors").exists() and state_of(tmp_path / "new")["step"] == 4
+
+
+def test_an_interrupted_process_of_several_does_not_wait_for_the_others(monkeypatch):
+    codes = []
+    monkeypatch.setattr(cli_options, "one_of_several", lambda: True)
+    monkeypatch.setattr(cli_options.os, "_exit", codes.append)
+    cli_options.exit_code("train.py", Mock(side_effect=KeyboardInterrupt), [])
+    assert codes == [130]
 
 
 # Mistakes
