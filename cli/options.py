@@ -191,7 +191,8 @@ def run_and_flush(work):
 
 def one_of_several():
     """Return whether this process has joined others (see cli/devices.py)."""
-    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def leave_others(code):
