@@ -137,6 +137,8 @@ def join_processes(jax, options):
     thread.join(SECONDS_TO_JOIN)
     if thread.is_alive() or errors:
         reason = errors[0] if errors else f"not all have connected within {SECONDS_TO_JOIN} s"
+        if address is None and errors:
+            reason = "JAX detects no cluster"
         raise UserError(
             f"the processes cannot join at --coordinator {options.coordinator} ({reason}); start all at about the same "
             "time, with the same HOST:PORT, where process 0 can listen"

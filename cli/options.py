@@ -172,7 +172,7 @@ def run_and_flush(work):
         if "can't start new thread" in str(error):
             raise UserError(f"{error}; lower --threads, or raise the limits of this process") from None
         if "RESOURCE_EXHAUSTED" in str(error):  # JAX
-            remedy = "set a smaller --batch_size, more --devices or --dtype bfloat16, or choose a smaller model"
+            remedy = "set a smaller --batch_size, more --devices, --dtype bfloat16 or, to train, --remat"
             raise UserError(f"the device has too little memory; {remedy}") from None
         if one_of_several():
             reason = str(error).partition("\n")[0]

@@ -141,7 +141,7 @@ def make_mesh(params, n_head, shape=None):
             f"({devices[0].platform}), {problem}; set --devices to {len(devices)} or leave it out"
         )
     if divisible % n_model:
-        usable = ", ".join(str(n) for n in range(1, divisible + 1) if divisible % n == 0)
+        usable = ", ".join(f"1x{n}" for n in range(1, divisible + 1) if divisible % n == 0)
         raise UserError(
             f"{n_head} heads and {n_hidden} hidden units do not divide by {n_model} devices; set --devices to one of "
             f"{usable}, or to {n_devices}x1, which shards batches only"

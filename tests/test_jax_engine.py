@@ -442,7 +442,7 @@ def test_mistakes(inside, tiny_flags, arguments, words):
 
 def test_heads_that_do_not_divide_by_the_devices(tiny_flags):
     result = run("a", *JAX, *tiny_flags, "--devices", "2", env=on_devices(2))
-    assert_mistake(result, "3 heads and 192 hidden units do not divide by 2 devices", "one of 1, 3, or", "2x1")
+    assert_mistake(result, "3 heads and 192 hidden units do not divide by 2 devices", "one of 1x1, 1x3, or", "2x1")
 
 
 def test_a_cluster_that_jax_does_not_detect(tiny_flags):

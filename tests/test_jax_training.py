@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from unittest.mock import Mock
 
 import numpy as np
@@ -167,11 +168,11 @@ def test_remat_computes_the_blocks_twice():
     for remat in (False, True):
         trainer = new_trainer(remat=remat)
         inputs = *trainer.on_devices, trainer.random_batches(0), np.zeros(2, np.uint32), np.float32(0)
-        flops[remat] = trainer.step.lower(*inputs).compile().cost_analysis()["flops"]
+        flops[remat] = trainer.compiled_step.lower(*inputs).compile().cost_analysis()["flops"]
     assert 1.1 < flops[True] / flops[False] < 1.33  # logits are not computed again
 
 
-def test_products_are_of_bfloat16_and_the_residual_stream_and_logits_of_blocks_are_not():
+def test_products_are_of_bfloat16_and_softmax_layer_norms_and_the_loss_are_not():
     """The types in the program that JAX traces."""
     trainer = new_trainer(dtype="bfloat16")
     jaxpr = str(jax.make_jaxpr(trainer.loss)(trainer.on_devices[0], jnp.zeros((2, 17), int), jax.random.key(0)))
@@ -185,7 +186,7 @@ def test_the_gradient_of_the_loss_has_no_scatter():
     """Those of the embeddings have one each; one over the logits would be slow on GPUs."""
     trainer = new_trainer()
     inputs = *trainer.on_devices, trainer.random_batches(0), np.zeros(2, np.uint32), np.float32(0)
-    assert trainer.step.lower(*inputs).as_text().count('"stablehlo.scatter"(') == 2
+    assert trainer.compiled_step.lower(*inputs).as_text().count('"stablehlo.scatter"(') == 2
 
 
 def test_dropout_keeps_a_share_and_the_mean_and_follows_from_seed_step_and_batch():
@@ -217,15 +218,27 @@ def test_the_attention_of_a_gpu_gets_heads_where_it_expects_them(monkeypatch):
     q, k, v = np.random.default_rng(0).standard_normal((3, 2, 3, 10, 16), dtype=np.float32)
     np.testing.assert_allclose(jax_model.flash_attention(q, k, v), gpt2.attention(q, k, v), atol=1e-5)
     params, ids = nest(random_tensors(TWO_LAYERS | {"n_embd": 64}), 2), jnp.zeros((1, 9), int)
-    for options, n_calls in (({}, 2), ({"dropout": 0.1}, 0), ({"dtype": "float32"}, 0), ({"platform": "cpu"}, 0)):
+    for options, n_calls in (({}, 2), ({"dropout": 0.1}, 0), ({"dtype": "float32"}, 0), ({"flash": False}, 0)):
         calls.clear()
-        model = jax_model.training_model(4, **{"dtype": "bfloat16", "platform": "gpu"} | options)
+        model = jax_model.training_model(4, **{"dtype": "bfloat16", "flash": True} | options)
         model.drop.seed(jax.random.key(0))
         model.gpt2(ids, **params, n_head=4)
         assert calls == [("cudnn", {"is_causal": True})] * n_calls
-    model = jax_model.training_model(16, dtype="bfloat16", platform="gpu")
-    model.gpt2(ids, **params, n_head=16)  # heads of 4, which cuDNN does not take
-    assert not calls
+
+
+def test_devices_and_heads_that_have_flash_attention():
+    takes = jax_model.takes_flash_attention
+    assert not takes(jax.devices()[0], 64)
+    for version, capability, d, expected in (
+        ("PJRT C API\ncuda 13000", "9.0", 64, True),
+        ("PJRT C API\ncuda 13000", "8.0", 80, True),
+        ("PJRT C API\ncuda 13000", "7.5", 64, False),
+        ("PJRT C API\nrocm 60300", "gfx942", 64, False),
+        ("PJRT C API\ncuda 13000", "9.0", 20, False),
+        ("PJRT C API\ncuda 13000", "12.0", 256, False),
+    ):
+        client = types.SimpleNamespace(platform_version=version)
+        assert takes(types.SimpleNamespace(client=client, compute_capability=capability), d) == expected
 
 
 # Several devices
@@ -243,7 +256,7 @@ for shape in [(1, 1), (8, 1), (4, 2), (2, 4)]:
     for zero in [False] if shape == (1, 1) else [False, True] if shape == (4, 2) else [True]:
         trainer = new_trainer(shape, hparams, shard_optimizer=zero, **options)
         found = [*losses(trainer, 5), trainer.estimate_loss("val")]
-        assert trainer.step._cache_size() == trainer.losses._cache_size() == 1, "compiled once"
+        assert trainer.compiled_step._cache_size() == trainer.compiled_losses._cache_size() == 1, "compiled once"
         expected = expected or found
         np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=str(shape))
         trainer.fetch()
@@ -263,7 +276,7 @@ assert expected[0] - expected[5] > 0.1, expected
 
 trainer = new_trainer((8, 1), hparams, **options)
 inputs = *trainer.on_devices, trainer.random_batches(0), np.zeros(2, np.uint32), np.float32(0)
-program = trainer.step.lower(*inputs).compile().as_text()
+program = trainer.compiled_step.lower(*inputs).compile().as_text()
 entry = program[program.index("ENTRY"):]
 assert " all-reduce(" in entry and program.count(" all-reduce(") == entry.count(" all-reduce(")
 """

@@ -48,7 +48,7 @@ def compiled_step(step):
     }
     trainer = new_trainer((step.n_data, step.n_model), step.hparams, **options)
     inputs = *trainer.on_devices, trainer.random_batches(0), np.zeros(2, np.uint32), np.float32(0)
-    return trainer.step.lower(*inputs).compile()
+    return trainer.compiled_step.lower(*inputs).compile()
 
 
 COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")

@@ -935,6 +935,7 @@ def test_mistakes_with_token_files(run, bins, tmp_path, folder):
         (whole[:-1], ["odd number"]),
         (whole[:8], ["8 bytes, the header alone has 1024"]),
         (whole[:-2], ["998 bytes after the header, expected 1000 for 500 ids"]),
+        (np.array([20240801, 7, 500], "<i4").tobytes(), ["20240801", "not for GPT-2's tokens"]),
         (whole[:600], ["600 bytes, the header alone has 1024"]),
         (whole[:-2] + b"\xff\xff", ["token id 65535 in a vocabulary of 400"]),
     ):

@@ -26,6 +26,7 @@ TINYSHAKESPEARE = (  # Karpathy's file of Shakespeare's plays: URL, bytes, sha25
 N_BYTES, N_IDS = 256, 2**16
 LLM_C_VALIDATION = 32_768  # tokens
 LLM_C_MAGIC, LLM_C_HEADER = (20240520, 1), 256  # its first int32 numbers, and their number
+LLM_C_OTHERS = (20240801, 20240522)  # the first number of files for Llama 3, and of questions
 
 
 def read_dataset(dataset, data_dir):
@@ -171,6 +172,8 @@ def map_tokens(path):
     header = np.frombuffer(mapped, "<i4", min(LLM_C_HEADER, len(mapped) // 4))
     if len(mapped) % 2:
         raise CorruptFile(path, f"{len(mapped)} bytes, an odd number; ids have 2 bytes each")
+    if len(header) and header[0] in LLM_C_OTHERS:
+        raise CorruptFile(path, f"llm.c's format {header[0]} is not for GPT-2's tokens; it must be {LLM_C_MAGIC[0]}")
     if tuple(header[:2]) != LLM_C_MAGIC:
         return np.frombuffer(mapped, "<u2")
     if len(header) < LLM_C_HEADER:

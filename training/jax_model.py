@@ -8,16 +8,14 @@ import jax.numpy as jnp
 
 from engines import jax_model
 
-CUDNN_HEAD = 128  # the largest head that cuDNN's attention takes on every GPU it supports
 
-
-def training_model(n_head, dropout=0.0, dtype="float32", remat=False, platform="cpu"):
+def training_model(n_head, dropout=0.0, dtype="float32", remat=False, flash=False):
     """Return an instance of gpt2 like engines.jax_model's, with dropout as in fused.training_model.
 
     dtype: "bfloat16" for mixed precision (Micikevicius et al. 2018): the parameters are float32, the operands and
     results of products are bfloat16; the residual stream, layer norms, softmax and the loss are float32.
     remat: keep only the input of each block, and compute the block again in the backward pass (Chen et al. 2016).
-    platform: that of the devices. On "gpu", bfloat16 without dropout has cuDNN's flash attention.
+    flash: use cuDNN's flash attention, in bfloat16 without dropout (see takes_flash_attention).
     """
     model = jax_model.jax_model(n_head)
     model.drop, model.cross_entropy = Dropout(dropout), cross_entropy
@@ -27,9 +25,8 @@ def training_model(n_head, dropout=0.0, dtype="float32", remat=False, platform="
     if dtype == "bfloat16":
         model.linear = linear
         model.softmax = lambda x: softmax(x.astype(jnp.float32)).astype(x.dtype)
-        if platform == "gpu" and not dropout:
-            attention = model.attention
-            model.attention = lambda q, k, v: (flash_attention if fits_cudnn(q) else attention)(q, k, v)
+        if flash and not dropout:
+            model.attention = flash_attention
     if dropout:
         for name in ("embed", "softmax", "mha", "ffn"):
             setattr(model, name, model.drop.after(getattr(model, name)))
@@ -44,8 +41,11 @@ def linear(x, w, b):  # [..., n_in], [n_in, n_out], [n_out] -> [..., n_out]
     return x @ w + b
 
 
-def fits_cudnn(q):  # [b, h, n_seq, d] -> bool
-    return q.shape[-1] % 8 == 0 and q.shape[-1] <= CUDNN_HEAD
+def takes_flash_attention(device, d):
+    """Return whether cuDNN has flash attention for this device and heads of size d: NVIDIA's GPUs from Ampere on."""
+    if "cuda" not in device.client.platform_version or float(device.compute_capability) < 8:
+        return False
+    return d % 8 == 0 and d <= 128  # 256 on later ones
 
 
 def flash_attention(q, k, v):  # [b, h, n_seq, d], [b, h, n_seq, d], [b, h, n_seq, d] -> [b, h, n_seq, d]
@@ -75,7 +75,7 @@ class Dropout:
         def with_dropout(*args, **kwargs):
             x = function(*args, **kwargs)
             is_kept = jax.random.bernoulli(self.next_key(), 1 - self.p, x.shape)
-            return jnp.where(is_kept, x / (1 - self.p), 0).astype(x.dtype)
+            return jnp.where(is_kept, x / (1 - self.p), 0)
 
         return with_dropout
 

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental.multihost_utils import process_allgather
+from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 from jax.sharding import NamedSharding, PartitionSpec
 
 from engines.jax_model import by_part, make_mesh, sharded, shardings, token_losses
 from training.dataset import even_starts, inputs_and_targets, random_starts, windows
-from training.jax_model import training_model
+from training.jax_model import takes_flash_attention, training_model
 from training.loss import lm_loss
 from training.trainer import Trainer
 from weights.errors import UserError
@@ -38,33 +38,37 @@ class JaxTrainer(Trainer):
         check_batch(options, self.mesh.shape["data"])
         check_processes(plan, self.mesh)
         self.writes_files, self.n_layer = jax.process_index() == 0, self.hparams["n_layer"]
-        platform = self.mesh.devices.flat[0].platform
-        self.model = training_model(self.n_head, options.dropout, options.dtype, options.remat, platform)
-        self.eval_model = training_model(self.n_head, dtype=options.dtype, platform=platform)
-        self.by_window = NamedSharding(self.mesh, PartitionSpec(None, "data"))
-        self.everywhere = NamedSharding(self.mesh, PartitionSpec())
+        flash = takes_flash_attention(self.mesh.devices.flat[0], self.hparams["n_embd"] // self.n_head)
+        self.model = training_model(self.n_head, options.dropout, options.dtype, options.remat, flash)
+        self.eval_model = training_model(self.n_head, dtype=options.dtype, flash=flash)
+        self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(None, "data"))
+        self.replicated = NamedSharding(self.mesh, PartitionSpec())
+        self.moment_shardings = shardings(self.params, self.mesh, options.shard_optimizer)
         self.put_on_devices()
         layout = jax.tree.map(lambda array: array.sharding, self.on_devices)
-        results = *layout, self.everywhere, self.everywhere
-        self.step = jax.jit(self.compute_step, donate_argnums=(0, 1), out_shardings=results)
-        self.losses = jax.jit(self.compute_losses, out_shardings=self.everywhere)
+        results = *layout, self.replicated, self.replicated
+        self.compiled_step = jax.jit(self.compute_step, donate_argnums=(0, 1), out_shardings=results)
+        self.compiled_losses = jax.jit(self.compute_losses, out_shardings=self.replicated)
 
     def put_on_devices(self):
         """Copy the parameters and the optimizer's state of the Plan to the devices, as self.on_devices."""
         put = functools.partial(sharded, n_head=self.n_head, mesh=self.mesh)
-        params, zero = put(self.params), self.options.shard_optimizer
-        self.like_moments = shardings(self.params, self.mesh, over_data=zero)
-        moments = self.optimizer.m, self.optimizer.v
-        mu, nu = (put(nest(tensors, self.n_layer), over_data=zero) for tensors in moments)
-        state = jax.eval_shape(self.adamw(0.0).init, params)
-        count = jax.device_put(np.int32(self.optimizer.step), self.everywhere)
+        params, moments, over_data = (
+            put(self.params),
+            (self.optimizer.m, self.optimizer.v),
+            self.options.shard_optimizer,
+        )
+        mu, nu = (put(nest(tensors, self.n_layer), over_data=over_data) for tensors in moments)
+        state = jax.eval_shape(self.adamw(0.0).init, params)  # its only arrays are count, mu and nu
+        count = jax.device_put(np.int32(self.optimizer.step), self.replicated)
         self.on_devices = params, optax.tree.set(state, count=count, mu=mu, nu=nu)
         self.fetched_step, self.next_batches = self.state.step, None
 
     @contextlib.contextmanager
     def running(self):
         yield self
-        self.any_process(False)  # waits for the process that writes the files
+        if jax.process_count() > 1:
+            sync_global_devices("end")  # waits for the process that writes the files
 
     # One step
 
@@ -91,10 +95,10 @@ class JaxTrainer(Trainer):
             found = jax.vmap(jax.value_and_grad(self.loss), (None, 0, 0))(params, *batch)
             return jax.tree.map(jnp.add, total, found), None
 
-        zero = jax.tree.map(lambda p: jnp.zeros((n_groups, *p.shape)), (np.float32(0), params))
-        totals, _ = jax.lax.scan(add_batch, zero, (by_group, keys))
+        zeros = jax.tree.map(lambda p: jnp.zeros((n_groups, *p.shape)), (np.float32(0), params))
+        totals, _ = jax.lax.scan(add_batch, zeros, (by_group, keys))
         loss, gradients = jax.tree.map(lambda total: jnp.sum(total, axis=0) / (n_batches * n_groups), totals)
-        gradients = jax.lax.with_sharding_constraint(gradients, self.like_moments)
+        gradients = jax.lax.with_sharding_constraint(gradients, self.moment_shardings)
         updates, state = self.adamw(learning_rate).update(gradients, state, params)
         return optax.apply_updates(params, updates), state, loss, optax.tree.norm(gradients)
 
@@ -114,7 +118,7 @@ class JaxTrainer(Trainer):
         step, next_batches = self.state.step, self.next_batches
         batches = self.random_batches(step) if next_batches is None else next_batches
         seed = np.array([self.options.seed % 2**32, step % 2**32], np.uint32)
-        params, state, loss, norm = self.step(*self.on_devices, batches, seed, np.float32(learning_rate))
+        params, state, loss, norm = self.compiled_step(*self.on_devices, batches, seed, np.float32(learning_rate))
         self.on_devices, self.next_batches = (params, state), self.random_batches(step + 1)
         loss, norm = float(loss), float(norm)
         self.check_finite({"loss": loss, "norm of the gradients": norm})
@@ -135,7 +139,7 @@ class JaxTrainer(Trainer):
             found = windows(self.plan.data[split], chosen.reshape(-1), block_size)  # -> [n_batches*n_windows, n]
             return found.reshape(*chosen.shape, -1).astype(np.int32)
 
-        return jax.make_array_from_callback((*starts.shape, block_size + 1), self.by_window, read)
+        return jax.make_array_from_callback((*starts.shape, block_size + 1), self.batch_sharding, read)
 
     def dry_run(self):
         """Make a step, and undo it."""
@@ -150,7 +154,9 @@ class JaxTrainer(Trainer):
         size = self.options.batch_size
         starts = even_starts(self.plan.data[split], self.options.eval_iters * size, self.options.block_size)
         batches = np.resize(starts, (-(-len(starts) // size), size))  # repeats windows to fill the last batch
-        losses = [self.losses(self.on_devices[0], self.load(split, [batch])) for batch in batches]  # [batch] each
+        losses = [
+            self.compiled_losses(self.on_devices[0], self.load(split, [batch])) for batch in batches
+        ]  # [batch] each
         return float(np.mean(np.concatenate(losses)[: len(starts)], dtype=np.float64))
 
     def compute_losses(self, params, batches):  # dict, [1, batch, n] -> [batch]

@@ -117,6 +117,7 @@ PRESETS = {
         "beta2": 0.95,
         "dropout": 0.0,
         "max_iters": 18_865,
+        "eval_interval": 1000,
         "engine": "jax",
         "dtype": "bfloat16",
     },
