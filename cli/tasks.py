@@ -24,6 +24,8 @@ from weights.errors import UserError
 from weights.files import atomic_write, check_writable
 
 REMEDY = "name another --output"
+# What the harness and the functions of tasks raise for options and data that do not fit
+TASK_ERRORS = (TemplateError, AssertionError, LookupError, TypeError, ValueError, ZeroDivisionError)
 
 
 def run_tasks(options):
@@ -74,7 +76,7 @@ class Tasks(TaskManager):
 
     def find(self, name):
         """Return the names that a name, a pattern such as mmlu_*, or the path of a YAML file stands for."""
-        found = [name] if os.path.isfile(name) else self.match_tasks([name])
+        found = self.match_tasks([name]) or [name] * os.path.isfile(name)
         if not found:
             near = difflib.get_close_matches(name, self.all_tasks)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
@@ -100,7 +102,10 @@ def evaluate_tasks(options):
             limit=options.limit,
             log_samples=options.log_samples,
         )
-    except TemplateError as error:
-        raise UserError(f"a template of {options.tasks} does not fit its data: {error}; correct the task") from error
+    except UserError:
+        raise
+    except TASK_ERRORS as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"cannot run {options.tasks} ({reason}); correct --num_fewshot or the task") from error
     results["config"] |= {"model": options.model_size, "model_args": {"engine": options.engine, "dtype": options.dtype}}
     return results
