@@ -32,12 +32,12 @@ def run_tasks(options):
     """Run the tasks, write the results to --output, and print the tables."""
     if options.include_path and not os.path.isdir(options.include_path):
         raise UserError(f"--include_path {options.include_path} is not a folder; correct it")
-    if options.output:
+    if options.output is not None:
         check_writable(options.output, REMEDY)
     check_engine_options(options)
     with namesake_first(), threadpool_limits(options.threads):
         results = evaluate_tasks(options)
-    if options.output:
+    if options.output is not None:
         text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
         with atomic_write(options.output, REMEDY) as f:
             f.write(text.encode("utf-8") + b"\n")

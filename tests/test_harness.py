@@ -253,6 +253,7 @@ def typed(resps):
         (["--tasks", "choice", "--log_samples"], ["--output"]),
         (["--tasks", "choice", "--include_path", "no-such-folder"], ["no-such-folder"]),
         (["--tasks", "choice", "--output", "no-such-folder/o"], ["no-such-folder/o", "--output"]),
+        (["--tasks", "choice", "--output", ""], ["the name is empty", "--output"]),
         (["--tasks", "choise"], ["unknown task 'choise'", "lm_eval ls tasks", "--include_path"]),
     ],
 )
