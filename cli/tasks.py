@@ -75,7 +75,7 @@ class Tasks(TaskManager):
             raise UserError(f"cannot load {', '.join(names)} ({error or type(error).__name__}); correct it") from error
 
     def find(self, name):
-        """Return the names that a name, a pattern such as mmlu_*, or the path of a YAML file stands for."""
+        """Return the names that a name, a pattern such as anli_*, or the path of a YAML file stands for."""
         found = self.match_tasks([name]) or [name] * os.path.isfile(name)
         if not found:
             near = difflib.get_close_matches(name, self.all_tasks)
