@@ -131,4 +131,10 @@ def generation_options(gen_kwargs):
     sampling = {"temperature": 1.0} | given if options.pop("do_sample") else {"temperature": 0.0}
     if options:
         raise UserError(f"generation_kwargs of a task have {', '.join(options)}, which is not supported; leave it out")
+    counts = n_tokens, sampling["temperature"], sampling.get("top_k", 0)
+    if not (all(count >= 0 for count in counts) and 0 < sampling.get("top_p", 1) <= 1):
+        raise UserError(
+            f"generation_kwargs of a task have max_gen_toks {n_tokens} and {sampling}; set numbers of at least 0, and "
+            "top_p above 0 and at most 1"
+        )
     return n_tokens, stops, tuple(sampling.items())

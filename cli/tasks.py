@@ -24,18 +24,20 @@ from weights.errors import UserError
 from weights.files import atomic_write, check_writable
 
 REMEDY = "name another --output"
+# What the harness and the functions of tasks raise for options and data that do not fit
+TASK_ERRORS = (TemplateError, AssertionError, LookupError, TypeError, ValueError, ZeroDivisionError)
 
 
 def run_tasks(options):
     """Run the tasks, write the results to --output, and print the tables."""
     if options.include_path and not os.path.isdir(options.include_path):
         raise UserError(f"--include_path {options.include_path} is not a folder; correct it")
-    if options.output:
+    if options.output is not None:
         check_writable(options.output, REMEDY)
     check_engine_options(options)
     with namesake_first(), threadpool_limits(options.threads):
         results = evaluate_tasks(options)
-    if options.output:
+    if options.output is not None:
         text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
         with atomic_write(options.output, REMEDY) as f:
             f.write(text.encode("utf-8") + b"\n")
@@ -73,8 +75,8 @@ class Tasks(TaskManager):
             raise UserError(f"cannot load {', '.join(names)} ({error or type(error).__name__}); correct it") from error
 
     def find(self, name):
-        """Return the names that a name, a pattern such as mmlu_*, or the path of a YAML file stands for."""
-        found = [name] if os.path.isfile(name) else self.match_tasks([name])
+        """Return the names that a name, a pattern such as anli_*, or the path of a YAML file stands for."""
+        found = self.match_tasks([name]) or [name] * os.path.isfile(name)
         if not found:
             near = difflib.get_close_matches(name, self.all_tasks)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
@@ -100,7 +102,10 @@ def evaluate_tasks(options):
             limit=options.limit,
             log_samples=options.log_samples,
         )
-    except TemplateError as error:
-        raise UserError(f"a template of {options.tasks} does not fit its data: {error}; correct the task") from error
+    except UserError:
+        raise
+    except TASK_ERRORS as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"cannot run {options.tasks} ({reason}); correct --num_fewshot or the task") from error
     results["config"] |= {"model": options.model_size, "model_args": {"engine": options.engine, "dtype": options.dtype}}
     return results

@@ -36,8 +36,8 @@ def fitted(context, continuation, n_ctx):
     """
     if not context or len(continuation) > n_ctx:
         raise UserError(
-            f"a context of {len(context)} tokens and a continuation of {len(continuation)} cannot be scored; "
-            f"at least 1 and at most the {n_ctx} of the model's context are needed"
+            f"a continuation of {len(continuation)} tokens after a context of {len(context)} cannot be scored: a "
+            f"context has at least 1, a continuation at most {n_ctx}, the model's context; choose another task or model"
         )
     return [*context, *continuation][-n_ctx - 1 :]
 

@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 
 from cli import evaluate as cli
 from cli.harness import STOP, HarnessModel, StopAt
-from cli.tasks import namesake_first
+from cli.tasks import Tasks, namesake_first
 from encoder import END_OF_TEXT
 from tests.conftest import N_HEAD, PROMPTS, ROOT, TINY, one_line_error
 from tests.programs import assert_mistake
@@ -192,6 +192,9 @@ def test_a_text_ends_where_a_stop_string_is_complete_and_at_the_end_of_text(tiny
     [
         ({"max_gen_toks": TINY["n_ctx"]}, ["max_gen_toks", TINY["n_ctx"], "generation_kwargs"]),
         ({"num_beams": 4}, ["num_beams", "not supported"]),
+        ({"max_gen_toks": -3}, ["max_gen_toks -3", "at least 0"]),
+        ({"do_sample": True, "temperature": -1.0}, ["temperature", "-1.0", "at least 0"]),
+        ({"do_sample": True, "top_p": 7}, ["top_p", "7", "at most 1"]),
     ],
 )
 def test_generation_that_is_not_possible_is_an_error(tiny, gen_kwargs, words):
@@ -250,6 +253,7 @@ def typed(resps):
         (["--tasks", "choice", "--log_samples"], ["--output"]),
         (["--tasks", "choice", "--include_path", "no-such-folder"], ["no-such-folder"]),
         (["--tasks", "choice", "--output", "no-such-folder/o"], ["no-such-folder/o", "--output"]),
+        (["--tasks", "choice", "--output", ""], ["the name is empty", "--output"]),
         (["--tasks", "choise"], ["unknown task 'choise'", "lm_eval ls tasks", "--include_path"]),
     ],
 )
@@ -260,6 +264,19 @@ def test_mistakes_are_one_line(evaluate, arguments, words):
 def test_a_similar_name_is_suggested(evaluate, tasks_dir):
     result = evaluate("--tasks", "choise", "--include_path", tasks_dir)
     assert_mistake(result, "did you mean choice?", script="evaluate.py")
+
+
+def test_more_examples_than_there_are(evaluate, tasks_dir):
+    code, _, err = evaluate("--tasks", "choice", "--include_path", tasks_dir, "--num_fewshot", "100")
+    assert code == 2 and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("evaluate.py: error: cannot run choice (ValueError: ")
+
+
+def test_a_file_with_the_name_of_a_task_is_not_read(tasks_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "choice").touch()
+    tasks = Tasks(include_path=tasks_dir, include_defaults=False)
+    assert [tasks.find(name) for name in ("choice", str(tmp_path / "choice"))] == [["choice"], [f"{tmp_path}/choice"]]
 
 
 def test_without_the_harness_the_error_says_what_to_install(evaluate, monkeypatch):

@@ -109,6 +109,8 @@ def check_writable(path, remedy):
     from tempfile import TemporaryFile
 
     try:
+        if not path:
+            raise OSError(errno.ENOENT, "the name is empty")
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError(errno.EEXIST, "it is not a regular file")
         with TemporaryFile(dir=os.path.dirname(path) or "."):
