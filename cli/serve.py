@@ -176,5 +176,6 @@ def make_config(app):
     from serve.connection import Connection
 
     options = {"lifespan": "off", "ws": "none", "log_config": None, "access_log": False, "server_header": False}
+    options["log_level"] = "error"  # no warnings, which clients can cause
     limits = {"limit_concurrency": MAX_CONNECTIONS, "timeout_graceful_shutdown": GRACE + 5}
     return uvicorn.Config(app, http=Connection, **options, **limits)

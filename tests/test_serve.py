@@ -245,6 +245,7 @@ def test_a_stop_string_ends_the_text(server, truth, is_stream):
         ({"prompt": [TINY["n_vocab"]]}, 400, ["400 is not a token id", "399"]),
         ({"prompt": [-1]}, 400, ["-1 is not a token id"]),
         (b'{"prompt": "\\ud800"}', 400, ["lone surrogate", "U+D800"]),
+        (b'{"\\ud800": 1}', 400, ["does not support", r"'\ud800'"]),
         ({"prompt": "a" * 127, "max_tokens": 2}, 400, ["128"]),
         ({"prompt": "a " * 100_000}, 400, ["the context of 128"]),
         ({"prompt": ["a"] * 65, "n": 2}, 400, ["65 prompts times n = 2", "128"]),
@@ -464,6 +465,7 @@ def impatient(tiny_models_dir, monkeypatch):
         b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"',
         b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\nGET /v1/mo",
         b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\nGET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n",
     ],
 )
 def test_half_a_request_is_closed(impatient, sent):
@@ -478,9 +480,11 @@ def test_half_a_request_is_closed(impatient, sent):
 
 
 def test_a_client_that_does_not_read_is_disconnected(impatient):
-    with send(impatient, stream=True, logprobs=20, **ENDLESS):
+    with send(impatient, stream=True, logprobs=20, **ENDLESS) as sock:
         wait_until(lambda: impatient.batch.batch.rows)
         job = impatient.batch.batch.rows[0].key[0]
+        wait_until(lambda: job.pieces.qsize() > 99 or job.is_cancelled)  # the server has stopped to write
+        sock.sendall(b"G")  # gives no more time
         wait_until(lambda: job.is_cancelled)
     assert sum(choice.n_generated for choice in job.choices) < ENDLESS["n"] * ENDLESS["max_tokens"]
 
