@@ -1,9 +1,11 @@
-"""A connection of uvicorn with time limits, which uvicorn's own lacks."""
+"""A connection of uvicorn with limits that uvicorn's own lacks."""
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 SECONDS = 15  # for a request to arrive, and for a client to read on
+MAX_CONNECTIONS = 500  # and BACKLOG at once for a moment: fewer than the 1024 files that a process may usually open
+BACKLOG = 128
 
 
 class Connection(H11Protocol):
@@ -22,6 +24,8 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport):
         super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            transport.abort()
         self.limit()
 
     def handle_events(self):  # what has arrived, also while the last request was answered

@@ -417,6 +417,8 @@ def test_a_pass_that_fails_ends_its_requests_and_no_others(gated, monkeypatch):
     gated.gate.passes.release(2)  # of the prompt, and of a token
     status, _, answer = ask(gated, body=ROMEO)
     assert (status, answer["error"]["type"]) == (500, "server_error")
+    gated.gate.passes.release()  # of the prompt
+    assert ask(gated, body=ROMEO | {"echo": True, "logprobs": 1, "max_tokens": 0})[0] == 500
     gated.gate.passes.release(2)  # of the prompt, and of a token
     *_, last = events(ask(gated, body=ROMEO | {"stream": True})[2])
     assert last["error"]["type"] == "server_error"
@@ -477,6 +479,15 @@ def test_half_a_request_is_closed(impatient, sent):
         except ConnectionResetError:
             pass
     assert complete(impatient, "a", max_tokens=1)
+
+
+def test_further_connections_are_closed(impatient, monkeypatch):
+    monkeypatch.setattr(connection, "SECONDS", SECONDS)
+    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 1)
+    address = "127.0.0.1", impatient.port
+    with socket.create_connection(address), socket.create_connection(address, timeout=SECONDS) as refused:
+        assert refused.recv(1) == b""
+    wait_until(lambda: complete(impatient, "a", max_tokens=1))
 
 
 def test_a_client_that_does_not_read_is_disconnected(impatient):
