@@ -15,7 +15,6 @@ from utils import load_encoder_hparams_and_params
 from weights.errors import UserError
 from weights.resources import check_memory
 
-MAX_CONNECTIONS = 1000
 GRACE = 5  # seconds for running requests to finish after Ctrl-C
 
 
@@ -99,7 +98,7 @@ def listen(host, port):
     """Return a listening socket. Raises UserError if the address cannot be used."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=1024)
+        return socket.create_server((host, port), family=family)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot listen on {host}, port {port}: {reason}; choose another --host or --port") from None
@@ -173,8 +172,9 @@ def make_config(app):
     """Return uvicorn's settings: its limits, and no log of requests."""
     import uvicorn
 
-    from serve.connection import Connection
+    from serve.connection import BACKLOG, Connection
 
     options = {"lifespan": "off", "ws": "none", "log_config": None, "access_log": False, "server_header": False}
-    limits = {"limit_concurrency": MAX_CONNECTIONS, "timeout_graceful_shutdown": GRACE + 5}
+    options["log_level"] = "error"  # no warnings, which clients can cause
+    limits = {"backlog": BACKLOG, "timeout_graceful_shutdown": GRACE + 5}
     return uvicorn.Config(app, http=Connection, **options, **limits)

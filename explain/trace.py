@@ -65,7 +65,12 @@ def most_likely(logits, k):  # [n_vocab] -> [k], [k]
 
 
 def log_probabilities(logits, token_id, k):  # [n_vocab] -> (float, k pairs)
-    """Return the log-probability of a token, and (id, log-probability) of each of the k most likely tokens."""
+    """Return the log-probability of a token, and (id, log-probability) of each of the k most likely tokens.
+
+    Raises FloatingPointError if a logit is NaN or infinite.
+    """
+    if not np.all(np.isfinite(logits)):
+        raise FloatingPointError("the logits are not finite")
     log_sum = np.max(logits) + np.log(np.sum(np.exp(logits - np.max(logits))))
     top = most_likely(logits, k)[0] if k else ()
     return float(logits[token_id] - log_sum), [(int(i), float(logits[i] - log_sum)) for i in top]

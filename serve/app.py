@@ -13,9 +13,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from explain.page import as_json
 from serve.batch import Job
 from serve.protocol import ApiError, parse_request
 
@@ -53,7 +54,7 @@ class App(Starlette):
             if origin not in (None, self.options.allow_origin) and origin.partition("://")[2] != host:
                 raise ApiError(403, "the Origin header names another website; see --allow_origin")
             expected, given = f"Bearer {self.options.api_key}", request.headers.get("authorization", "")
-            is_right = secrets.compare_digest(given.encode("latin-1"), expected.encode())
+            is_right = secrets.compare_digest(given.encode("latin-1"), os.fsencode(expected))
             if self.options.api_key and function != self.get_page and not is_right:
                 raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
             return await function(request)
@@ -66,14 +67,14 @@ class App(Starlette):
     async def get_models(self, _):
         model = {"id": self.name, "object": "model", "created": 0, "owned_by": "user"}
         model["max_model_len"] = self.limits["n_ctx"]  # not OpenAI's, but other servers' too
-        return JSONResponse({"object": "list", "data": [model]})
+        return as_response({"object": "list", "data": [model]})
 
     async def chat(self, _):
         raise ApiError(404, "GPT-2 is not a chat model: it continues texts; use /v1/completions", code="not_found")
 
     async def post_explain(self, request):
         """Answer what the model computes for the prompt of a completion, one request at a time."""
-        asked = parse_request(await read_body(request), self.encoder, self.limits)
+        asked = await asyncio.to_thread(parse_request, await read_body(request), self.encoder, self.limits)
         if self.explaining.locked():
             raise ApiError(429, "another explanation is being computed", headers={"Retry-After": "1"})
         async with self.explaining:
@@ -85,8 +86,8 @@ class App(Starlette):
             raise ApiError(404, f"the only model here is {self.name}", "model", "model_not_found")
         job = Job(asked, self.encoder, self.options.timeout)
         self.thread.submit(job)
-        answer = {"id": f"cmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.name}
-        answer["object"] = "text_completion"
+        answer = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion"}
+        answer |= {"created": int(time.time()), "model": self.name}
         if asked.stream:
             leave = BackgroundTask(self.thread.cancel, job)  # runs at the end, and when the client leaves
             return StreamingResponse(events(job, answer), media_type="text/event-stream", background=leave)
@@ -97,7 +98,7 @@ class App(Starlette):
             watch.cancel()
             self.thread.cancel(job)
         choices.sort(key=lambda choice: choice["index"])
-        return JSONResponse(answer | {"choices": choices, "usage": job.usage()})
+        return as_response(answer | {"choices": choices, "usage": job.usage()})
 
 
 async def events(job, answer):
@@ -139,4 +140,9 @@ def respond(_, error):
     if not isinstance(error, ApiError):
         status, message = getattr(error, "status_code", 500), getattr(error, "detail", "the server failed")
         error = ApiError(status, message, headers=getattr(error, "headers", None))
-    return JSONResponse(error.body, error.status, error.headers)
+    return as_response(error.body, error.status, error.headers)
+
+
+def as_response(data, status=200, headers=None):
+    """Return JSON. The name of a field or of a folder may contain what UTF-8 cannot encode; it becomes "?"."""
+    return Response(as_json(data).encode("utf-8", "replace"), status, headers, "application/json")

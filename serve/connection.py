@@ -1,9 +1,11 @@
-"""A connection of uvicorn with time limits, which uvicorn's own lacks."""
+"""A connection of uvicorn with limits that uvicorn's own lacks."""
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 SECONDS = 15  # for a request to arrive, and for a client to read on
+MAX_CONNECTIONS = 500  # and BACKLOG at once for a moment: fewer than the 1024 files that a process may usually open
+BACKLOG = 128
 
 
 class Connection(H11Protocol):
@@ -11,8 +13,9 @@ class Connection(H11Protocol):
 
     timer = None
 
-    def limit(self, is_waiting):
-        """Start or end the time of the client."""
+    def limit(self):
+        """Start the time of the client if the connection waits for it; otherwise end it."""
+        is_waiting = self.flow.write_paused or self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
         if is_waiting and self.timer is None:
             self.timer = self.loop.call_later(SECONDS, self.transport.abort)
         elif not is_waiting and self.timer is not None:
@@ -21,16 +24,18 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport):
         super().connection_made(transport)
-        self.limit(True)
+        if len(self.connections) > MAX_CONNECTIONS:
+            transport.abort()
+        self.limit()
 
-    def data_received(self, data):
-        super().data_received(data)
-        self.limit(self.conn.their_state in (h11.IDLE, h11.SEND_BODY))
+    def handle_events(self):  # what has arrived, also while the last request was answered
+        super().handle_events()
+        self.limit()
 
     def pause_writing(self):
         super().pause_writing()
-        self.limit(True)
+        self.limit()
 
     def resume_writing(self):
         super().resume_writing()
-        self.limit(False)
+        self.limit()

@@ -245,6 +245,7 @@ def test_a_stop_string_ends_the_text(server, truth, is_stream):
         ({"prompt": [TINY["n_vocab"]]}, 400, ["400 is not a token id", "399"]),
         ({"prompt": [-1]}, 400, ["-1 is not a token id"]),
         (b'{"prompt": "\\ud800"}', 400, ["lone surrogate", "U+D800"]),
+        (b'{"\\ud800": 1}', 400, ["does not support", r"'\ud800'"]),
         ({"prompt": "a" * 127, "max_tokens": 2}, 400, ["128"]),
         ({"prompt": "a " * 100_000}, 400, ["the context of 128"]),
         ({"prompt": ["a"] * 65, "n": 2}, 400, ["65 prompts times n = 2", "128"]),
@@ -416,6 +417,8 @@ def test_a_pass_that_fails_ends_its_requests_and_no_others(gated, monkeypatch):
     gated.gate.passes.release(2)  # of the prompt, and of a token
     status, _, answer = ask(gated, body=ROMEO)
     assert (status, answer["error"]["type"]) == (500, "server_error")
+    gated.gate.passes.release()  # of the prompt
+    assert ask(gated, body=ROMEO | {"echo": True, "logprobs": 1, "max_tokens": 0})[0] == 500
     gated.gate.passes.release(2)  # of the prompt, and of a token
     *_, last = events(ask(gated, body=ROMEO | {"stream": True})[2])
     assert last["error"]["type"] == "server_error"
@@ -464,6 +467,7 @@ def impatient(tiny_models_dir, monkeypatch):
         b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"',
         b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\nGET /v1/mo",
         b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\nGET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n",
     ],
 )
 def test_half_a_request_is_closed(impatient, sent):
@@ -477,10 +481,21 @@ def test_half_a_request_is_closed(impatient, sent):
     assert complete(impatient, "a", max_tokens=1)
 
 
+def test_further_connections_are_closed(impatient, monkeypatch):
+    monkeypatch.setattr(connection, "SECONDS", SECONDS)
+    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 1)
+    address = "127.0.0.1", impatient.port
+    with socket.create_connection(address), socket.create_connection(address, timeout=SECONDS) as refused:
+        assert refused.recv(1) == b""
+    wait_until(lambda: complete(impatient, "a", max_tokens=1))
+
+
 def test_a_client_that_does_not_read_is_disconnected(impatient):
-    with send(impatient, stream=True, logprobs=20, **ENDLESS):
+    with send(impatient, stream=True, logprobs=20, **ENDLESS) as sock:
         wait_until(lambda: impatient.batch.batch.rows)
         job = impatient.batch.batch.rows[0].key[0]
+        wait_until(lambda: job.pieces.qsize() > 99 or job.is_cancelled)  # the server has stopped to write
+        sock.sendall(b"G")  # gives no more time
         wait_until(lambda: job.is_cancelled)
     assert sum(choice.n_generated for choice in job.choices) < ENDLESS["n"] * ENDLESS["max_tokens"]
 
