@@ -48,10 +48,10 @@ class App(Starlette):
         """Return an endpoint that first raises ApiError if a foreign website, or a client without the key, asks."""
 
         async def endpoint(request):
-            host, origin = request.headers.get("host", ""), request.headers.get("origin")
+            host, origin = request.headers.get("host", "").lower(), request.headers.get("origin")
             if self.options.is_loopback and re.sub(r":\d+$", "", host) not in (*LOOPBACK, self.options.host):
                 raise ApiError(403, "the Host header does not name this server")
-            if origin not in (None, self.options.allow_origin) and origin.partition("://")[2] != host:
+            if origin not in (None, self.options.allow_origin) and origin.partition("://")[2].lower() != host:
                 raise ApiError(403, "the Origin header names another website; see --allow_origin")
             expected, given = f"Bearer {self.options.api_key}", request.headers.get("authorization", "")
             is_right = secrets.compare_digest(given.encode("latin-1"), os.fsencode(expected))

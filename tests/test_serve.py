@@ -321,7 +321,7 @@ def test_a_foreign_host_or_origin_is_refused(server, locked):
             status, answer_headers, answer = ask(server, path, body, headers=headers)
             assert (status, answer["error"]["type"]) == (403, "invalid_request_error"), headers
             assert "Access-Control-Allow-Origin" not in answer_headers
-    for host in (f"localhost:{server.port}", "127.0.0.1", "[::1]:80"):
+    for host in (f"localhost:{server.port}", "LOCALHOST", "127.0.0.1", "[::1]:80"):
         assert ask(server, body=GREEDY, headers={"Host": host, "Origin": f"http://{host}"})[0] == 200
     friend = {"Origin": "https://friend.example", "Authorization": "Bearer right", "Host": "any.example"}
     status, headers, _ = ask(locked, body=GREEDY, headers=friend)
