@@ -23,14 +23,13 @@ from cli.options import (
 )
 from encoder import END_OF_TEXT
 from train import train
-from training.checkpoint import STATE, load_checkpoint
+from training.checkpoint import STATE, load_options
 from training.options import DTYPES, ENGINES, MAX_THREADS, PRESETS, Options
 from training.plan import new_options, plan_new, plan_resumed, prepare_folder
 from training.report import NoReport, Report
 from training.trainer import NumpyTrainer
 from weights.errors import UserError
 from weights.lock import hold_lock, new_folder
-from weights.names import load_hparams
 from weights.releases import N_PARAMS
 from weights.resources import available_cores
 from weights.safetensors_file import WEIGHTS
@@ -162,7 +161,7 @@ def run_training(given):
     devices.check_process_options(on)
     model_dir = os.path.join(given["models_dir"], given["name"])
     check_folder(model_dir, given["name"], resume, overwrite)
-    options = saved_options(model_dir) if resume else new_options({"threads": available_cores()} | given)
+    options = load_options(model_dir) if resume else new_options({"threads": available_cores()} | given)
     is_first = start_engine(given.get("engine", options.engine), given, on)
     with new_folder(given["models_dir"] or "."):
         if not resume:
@@ -193,10 +192,6 @@ def say(line, is_first):
     """Print a line on standard error, in one of the processes."""
     if is_first:
         print(line, file=sys.stderr)
-
-
-def saved_options(model_dir):
-    return load_checkpoint(model_dir, load_hparams(model_dir))[0]
 
 
 def start_engine(engine, given, on):

@@ -39,6 +39,13 @@ def on_devices(n):
     return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={n}"}
 
 
+def assert_runs_on_8_devices(program):
+    """Run Python source that asserts; it ends with 0 and without a message."""
+    options = {"cwd": ROOT, "env": on_devices(8), "capture_output": True, "encoding": "utf-8", "timeout": 2 * SECONDS}
+    done = subprocess.run([sys.executable, "-c", program], check=False, **options)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -15,7 +15,16 @@ import gpt2
 import sampling
 from cli import evaluate as evaluate_cli
 from tests.conftest import INPUTS, N_HEAD, N_NEW, PROMPTS, ROOT, TINY, need
-from tests.programs import SECONDS, assert_mistake, command, free_port, on_devices, run, started
+from tests.programs import (
+    SECONDS,
+    assert_mistake,
+    assert_runs_on_8_devices,
+    command,
+    free_port,
+    on_devices,
+    run,
+    started,
+)
 from tests.random_model import DATA, copy_vocabulary, random_tensors, write_safetensors
 from tests.test_sampling import HALVES, HUGE, JUST_ABOVE, kept, random_logits
 from utils import load_encoder_hparams_and_params
@@ -315,16 +324,7 @@ assert [dict(jax_model.make_mesh(params, n_head).shape) for n_head in (8, 12)] =
 
 
 def test_ids_are_equal_on_1_to_8_devices_and_a_block_takes_two_all_reduces():
-    done = subprocess.run(
-        [sys.executable, "-c", ON_8_DEVICES],
-        check=False,
-        cwd=ROOT,
-        capture_output=True,
-        encoding="utf-8",
-        env=on_devices(8),
-        timeout=2 * SECONDS,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert_runs_on_8_devices(ON_8_DEVICES)
 
 
 @pytest.fixture(scope="session")

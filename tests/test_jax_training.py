@@ -16,8 +16,8 @@ import gpt2
 from cli import options as cli_options
 from cli import train as train_cli
 from tests import gradients
-from tests.conftest import ROOT, assert_transformers_agree, contents
-from tests.programs import SECONDS, assert_mistake, command, free_port, on_devices, started
+from tests.conftest import assert_transformers_agree, contents
+from tests.programs import SECONDS, assert_mistake, assert_runs_on_8_devices, command, free_port, on_devices, started
 from tests.random_model import random_tensors
 from tests.test_train import STATE, TEXT, TWO_LAYERS, new_tensors, read_log, state_of
 from train import train_step
@@ -76,6 +76,12 @@ def new_trainer(shape=(1, 1), hparams=TWO_LAYERS, tensors=None, **options):
     state = State(tokens={"train": len(ids)}, val_chars_per_token=1.0)
     plan = Plan("", options, state, None, hparams, new_optimizer(tensors, options), {"train": ids, "val": ids})
     return jax_trainer.JaxTrainer(plan, shape)
+
+
+def lowered_step(trainer):
+    """Return what JAX compiles for a step."""
+    inputs = *trainer.on_devices, trainer.random_batches(0), np.zeros(2, np.uint32), np.float32(0)
+    return trainer.compiled_step.lower(*inputs)
 
 
 def losses(trainer, n_steps):
@@ -167,8 +173,7 @@ def test_remat_computes_the_blocks_twice():
     flops = {}
     for remat in (False, True):
         trainer = new_trainer(remat=remat)
-        inputs = *trainer.on_devices, trainer.random_batches(0), np.zeros(2, np.uint32), np.float32(0)
-        flops[remat] = trainer.compiled_step.lower(*inputs).compile().cost_analysis()["flops"]
+        flops[remat] = lowered_step(trainer).compile().cost_analysis()["flops"]
     assert 1.1 < flops[True] / flops[False] < 1.33  # logits are not computed again
 
 
@@ -184,9 +189,7 @@ def test_products_are_of_bfloat16_and_softmax_layer_norms_and_the_loss_are_not()
 
 def test_the_gradient_of_the_loss_has_no_scatter():
     """Those of the embeddings have one each; one over the logits would be slow on GPUs."""
-    trainer = new_trainer()
-    inputs = *trainer.on_devices, trainer.random_batches(0), np.zeros(2, np.uint32), np.float32(0)
-    assert trainer.compiled_step.lower(*inputs).as_text().count('"stablehlo.scatter"(') == 2
+    assert lowered_step(new_trainer()).as_text().count('"stablehlo.scatter"(') == 2
 
 
 def test_dropout_keeps_a_share_and_the_mean_and_follows_from_seed_step_and_batch():
@@ -247,7 +250,7 @@ def test_devices_and_heads_that_have_flash_attention():
 ON_8_DEVICES = """
 import re
 import numpy as np
-from tests.test_jax_training import losses, new_trainer, train_step
+from tests.test_jax_training import losses, lowered_step, new_trainer, train_step
 
 hparams = {"n_vocab": 97, "n_ctx": 16, "n_embd": 64, "n_head": 8, "n_layer": 2}
 options = {"batch_size": 8, "gradient_accumulation_steps": 2, "warmup_iters": 2, "learning_rate": 1e-2}
@@ -275,8 +278,7 @@ for shape in [(1, 1), (8, 1), (4, 2), (2, 4)]:
 assert expected[0] - expected[5] > 0.1, expected
 
 trainer = new_trainer((8, 1), hparams, **options)
-inputs = *trainer.on_devices, trainer.random_batches(0), np.zeros(2, np.uint32), np.float32(0)
-program = trainer.compiled_step.lower(*inputs).compile().as_text()
+program = lowered_step(trainer).compile().as_text()
 entry = program[program.index("ENTRY"):]
 assert " all-reduce(" in entry and program.count(" all-reduce(") == entry.count(" all-reduce(")
 """
@@ -284,16 +286,7 @@ assert " all-reduce(" in entry and program.count(" all-reduce(") == entry.count(
 
 def test_losses_are_equal_on_1_to_8_devices_and_gradients_are_exchanged_once_per_step():
     """Meshes of 8x1, 4x2 and 2x4, the optimizer's state sharded or not."""
-    done = subprocess.run(
-        [sys.executable, "-c", ON_8_DEVICES],
-        check=False,
-        cwd=ROOT,
-        capture_output=True,
-        encoding="utf-8",
-        env=on_devices(8),
-        timeout=2 * SECONDS,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert_runs_on_8_devices(ON_8_DEVICES)
 
 
 # Several processes

@@ -36,9 +36,7 @@ STEPS = {
 
 def compiled_step(step):
     """Return the compiled program of the step of train.py."""
-    import numpy as np
-
-    from tests.test_jax_training import new_trainer
+    from tests.test_jax_training import lowered_step, new_trainer
 
     options = {name: getattr(step, name) for name in ("dtype", "remat", "shard_optimizer")}
     options |= {
@@ -46,9 +44,7 @@ def compiled_step(step):
         "batch_size": step.n_data * step.windows,
         "gradient_accumulation_steps": step.n_batches,
     }
-    trainer = new_trainer((step.n_data, step.n_model), step.hparams, **options)
-    inputs = *trainer.on_devices, trainer.random_batches(0), np.zeros(2, np.uint32), np.float32(0)
-    return trainer.compiled_step.lower(*inputs).compile()
+    return lowered_step(new_trainer((step.n_data, step.n_model), step.hparams, **options)).compile()
 
 
 COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")

@@ -5,6 +5,7 @@ state and the options as JSON. No state of a random generator is saved: the rand
 seed, the number of the step and, for dropout, the number of threads.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -43,6 +44,21 @@ def save_checkpoint(model_dir, options, state, optimizer):
     save_safetensors(os.path.join(model_dir, STATE), tensors, metadata)
 
 
+def load_options(model_dir):
+    """Return the Options alone; raise CorruptFile if they cannot be read. load_checkpoint checks the rest."""
+    path = os.path.join(model_dir, STATE)
+    with errors_of_metadata(path):
+        return from_json(Options, json.loads(load_safetensors(path)[1]["options"]))
+
+
+@contextlib.contextmanager
+def errors_of_metadata(path):
+    try:
+        yield
+    except (LookupError, ValueError, RecursionError) as error:
+        raise CorruptFile(path, f"no state of this training run: {error}") from None
+
+
 def load_checkpoint(model_dir, hparams):
     """Return the Options, the State, and the tensors by part ("w", "m", "v") and checkpoint name.
 
@@ -50,13 +66,11 @@ def load_checkpoint(model_dir, hparams):
     """
     path, n_bytes = os.path.join(model_dir, STATE), 3 * 4 * count_params(**hparams)
     tensors, metadata = load_safetensors(path)
-    try:
+    with errors_of_metadata(path):
         options = from_json(Options, json.loads(metadata["options"]))
         state = from_json(State, json.loads(metadata["state"]), use_defaults=False)
         state.saved_step = state.step
         check_consistency(options, state, hparams)
-    except (LookupError, ValueError, RecursionError) as error:
-        raise CorruptFile(path, f"no state of this training run: {error}") from None
     if sum(tensor.nbytes for tensor in tensors.values()) != n_bytes:  # before tensor_shapes of a huge n_layer
         raise CorruptFile(path, f"its tensors do not have the {n_bytes} bytes that match hparams.json")
     shapes = tensor_shapes(**hparams)

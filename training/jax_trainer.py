@@ -127,7 +127,8 @@ class JaxTrainer(Trainer):
     def random_batches(self, step):  # -> [n_batches, batch, n]
         """Return the batches of a step, the same as NumpyTrainer's."""
         options, data = self.options, self.plan.data["train"]
-        rngs = [np.random.default_rng((options.seed, step, i)) for i in range(options.gradient_accumulation_steps)]
+        seeds = [self.batch_seed(step, i) for i in range(options.gradient_accumulation_steps)]
+        rngs = map(np.random.default_rng, seeds)
         return self.load("train", [random_starts(data, rng, options.batch_size, options.block_size) for rng in rngs])
 
     def load(self, split, starts):  # [n_batches, batch] -> [n_batches, batch, n]

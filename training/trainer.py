@@ -66,9 +66,9 @@ class Trainer:
         """Seconds since the start of training, in all runs together: steps, evaluations and saves."""
         return time.perf_counter() - self.started
 
-    def batch_seed(self, micro_step):
-        """Return the seed of a batch of the next step and of its dropout: the same, resumed or not."""
-        return self.options.seed, self.state.step, micro_step
+    def batch_seed(self, step, micro_step):
+        """Return the seed of a batch of a step, resumed or not."""
+        return self.options.seed, step, micro_step
 
     def check_finite(self, values):
         """Raise UserError, with a remedy, if a value is infinite or NaN. values: dict by description."""
@@ -159,7 +159,7 @@ class NumpyTrainer(Trainer):
         """
         loss, gradients = 0.0, {}
         for micro_step in range(self.options.gradient_accumulation_steps):
-            seed = self.batch_seed(micro_step)
+            seed = self.batch_seed(self.state.step, micro_step)  # of its dropout, too
             inputs, targets = self.get_batch(seed)  # [batch, n_seq] each
             loss += self.forward_backward(inputs, targets, gradients, seed)  # adds to gradients
         norm = global_norm(gradients, self.pool.map)
