@@ -579,10 +579,11 @@ def test_ctrl_c_ends_the_program_with_0(tiny_models_dir, is_busy):
 
 
 def is_listening(port):
+    """Whether a connection succeeds; one that waits while the server closes its port is reset, later ones are refused."""
     try:
         socket.create_connection(("127.0.0.1", port)).close()
         return True
-    except ConnectionRefusedError:
+    except (ConnectionRefusedError, ConnectionResetError):
         return False
 
 
