@@ -4,6 +4,7 @@ A query's scores, weights and result are computed in the same order whatever oth
 the same bits alone, in a prompt and in a batch.
 """
 
+import copy
 import math
 
 import numpy as np
@@ -80,14 +81,24 @@ class KVCache(gpt2.KVCache):
         with addresses.
         """
         gpt2.check_context(self.n_past, n_new, self.n_max)
-        n_blocks = -(-self.n_max // BLOCK)
-        shape = (batch, n_head, 2, n_blocks * BLOCK * d)
         if self.kv is None:
-            self.kv = np.empty(shape, np.float32)
-        elif self.kv.shape != shape:
-            raise ValueError(f"keys and values of shape {shape} for a cache of shape {self.kv.shape}")
-        first = address(self.kv)
-        return [(first + i * self.kv.strides[0], self.n_past, n_blocks) for i in range(batch)]
+            self.n_blocks, self.shape = -(-self.n_max // BLOCK), (batch, n_head, d)
+            self.hold(np.empty((batch, n_head, 2, self.n_blocks * BLOCK * d), np.float32))
+        elif self.shape != (batch, n_head, d):
+            given = f"{batch} rows of {n_head} heads of {d} elements"
+            raise ValueError(f"{given} for a cache of shape {self.kv.shape}")
+        return [(row, self.n_past, self.n_blocks) for row in self.addresses]
+
+    def hold(self, kv):
+        """Use the memory kv. Asking an array for its address takes as long as all else in rows()."""
+        self.kv, first = kv, address(kv)
+        self.addresses = [first + i * kv.strides[0] for i in range(len(kv))]
+
+    def __deepcopy__(self, memo):
+        other = copy.copy(self)
+        if self.kv is not None:
+            other.hold(self.kv.copy())
+        return other
 
     def advance(self, n_new):
         """Count the positions that the kernel has written."""

@@ -26,7 +26,7 @@ from engines.vectors import (
     splat,
     store,
     store4,
-    stores,
+    tile_of,
     total,
     upper,
     zero,
@@ -34,9 +34,8 @@ from engines.vectors import (
 
 PANEL = 4 * LANES  # columns of a weight that lie side by side
 GROUP = 32  # rows of a panel that share a scale (int4)
-TILE = 6  # rows of x that are multiplied at a time
-# A tile is as wide as a panel where its 24 sums fit into the registers. Elsewhere, tiles of one vector are faster
-# unless x has few rows.
+# A tile of a product is as wide as a panel where its 24 sums fit into the registers. Elsewhere, tiles of one vector are
+# faster unless x has few rows.
 HAS_AVX512 = bool(binding.get_host_cpu_features().get("avx512f"))
 FEW_ROWS = 32
 CHUNK = 64  # rows of a panel of codes that are converted at a time, to floats that the first-level cache holds
@@ -90,7 +89,7 @@ def product_of_codes(row_of):
             stop = min(start + CHUNK, x.shape[1])
             for k in range(start, stop):
                 store4(floats, (k - start, 0), row_of(panel, scales, k))
-            add_product(x[:, start:stop], floats[: stop - start], y)
+            float32_product(x[:, start:stop], floats[: stop - start], y)
 
     return of_row, of_rows
 
@@ -99,60 +98,56 @@ int8_product_of_row, int8_product = product_of_codes(row_int8)
 int4_product_of_row, int4_product = product_of_codes(row_int4)
 
 
-@njit
-def float32_product(x, panel, y):  # [rows, n_in], [n_in, PANEL] -> y: [rows, PANEL]
-    """Add x @ panel to y."""
-    if x.shape[0] != 1:
-        add_product(x[:, :], panel, y)
-    else:
-        sums = load4(y, (0, 0))
-        for k in range(x.shape[1]):
-            sums = fma_each(splat(x[0, k]), load4(panel, (k, 0)), sums)
-        store4(y, (0, 0), sums)
-
-
-def product_of_tile(width):
-    """Return a function that computes TILE rows of a product, and `width` vectors of each."""
-    load_each, store_each = loads(width), stores(width)
+def product_of_tile(n_rows, width):
+    """Return a function that computes n_rows rows of a product, and `width` vectors of each."""
+    load_each, (load_tile, fma_tile, store_tile) = loads(width), tile_of(n_rows, width)
 
     @njit
-    def tile(x, i0, panel, j, y):  # [rows, n_in], [n_in, PANEL] -> y: [rows, PANEL]
-        """Add TILE rows of x @ panel, from column j on, to y. Rows beyond the last one repeat it."""
-        last = x.shape[0] - 1
-        i1, i2, i3 = min(i0 + 1, last), min(i0 + 2, last), min(i0 + 3, last)
-        i4, i5 = min(i0 + 4, last), min(i0 + 5, last)
-        s0, s1, s2 = load_each(y, (i0, j)), load_each(y, (i1, j)), load_each(y, (i2, j))
-        s3, s4, s5 = load_each(y, (i3, j)), load_each(y, (i4, j)), load_each(y, (i5, j))
+    def tile(x, i, panel, j, y):  # [rows, n_in], [n_in, PANEL] -> y: [rows, PANEL]
+        sums = load_tile(y, i, j)
         for k in range(panel.shape[0]):
-            w = load_each(panel, (k, j))
-            s0 = fma_each(splat(x[i0, k]), w, s0)
-            s1 = fma_each(splat(x[i1, k]), w, s1)
-            s2 = fma_each(splat(x[i2, k]), w, s2)
-            s3 = fma_each(splat(x[i3, k]), w, s3)
-            s4 = fma_each(splat(x[i4, k]), w, s4)
-            s5 = fma_each(splat(x[i5, k]), w, s5)
-        store_each(y, (i0, j), s0)
-        store_each(y, (i1, j), s1)
-        store_each(y, (i2, j), s2)
-        store_each(y, (i3, j), s3)
-        store_each(y, (i4, j), s4)
-        store_each(y, (i5, j), s5)
+            sums = fma_tile(x, i, k, load_each(panel, (k, j)), sums)
+        store_tile(y, i, j, sums)
 
     return tile
 
 
-wide_tile, narrow_tile = product_of_tile(PANEL // LANES), product_of_tile(1)
+def product_of_columns(width):
+    """Return a function for `width` vectors of all rows of a product: six rows at a time, then those that are left."""
+    one, two, three, four, five, six = (product_of_tile(n_rows, width) for n_rows in range(1, 7))
+
+    @njit
+    def columns(x, panel, j, y):  # [rows, n_in], [n_in, PANEL] -> y: [rows, PANEL]
+        """Add x @ panel, from column j on, to y."""
+        n_left = x.shape[0] % 6
+        last = x.shape[0] - n_left
+        for i in range(0, last, 6):
+            six(x, i, panel, j, y)
+        if n_left == 1:
+            one(x, last, panel, j, y)
+        elif n_left == 2:
+            two(x, last, panel, j, y)
+        elif n_left == 3:
+            three(x, last, panel, j, y)
+        elif n_left == 4:
+            four(x, last, panel, j, y)
+        elif n_left == 5:
+            five(x, last, panel, j, y)
+
+    return columns
+
+
+wide_columns, narrow_columns = product_of_columns(PANEL // LANES), product_of_columns(1)
 
 
 @njit
-def add_product(x, panel, y):  # [rows, n_in], [n_in, PANEL] -> y: [rows, PANEL]
+def float32_product(x, panel, y):  # [rows, n_in], [n_in, PANEL] -> y: [rows, PANEL]
+    """Add x @ panel to y."""
     if HAS_AVX512 or x.shape[0] <= FEW_ROWS:
-        for i in range(0, x.shape[0], TILE):
-            wide_tile(x, i, panel, 0, y)
+        wide_columns(x, panel, 0, y)
     else:
         for j in range(0, PANEL, LANES):
-            for i in range(0, x.shape[0], TILE):
-                narrow_tile(x, i, panel, j, y)
+            narrow_columns(x, panel, j, y)
 
 
 # Functions of single rows and elements

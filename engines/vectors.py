@@ -18,6 +18,7 @@ from numba.extending import intrinsic, models, overload, register_model
 LANES = 16  # elements of a vector
 FLOAT, INT = ir.FloatType(), ir.IntType(32)
 FLOATS, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
+INDEX = types.UniTuple(types.intp, 2)
 
 UNCACHED = []  # why kernels are not kept on disk
 SHARED = [pathlib.Path(__file__).with_name(name).read_bytes() for name in ("vectors.py", "kernels.py")]
@@ -86,6 +87,13 @@ def call(builder, name, *args):
     """Call an LLVM intrinsic on vectors that returns a vector, for example llvm.fma."""
     function_type = ir.FunctionType(FLOATS, [FLOATS] * len(args))
     return builder.call(cgutils.get_or_insert_function(builder.module, function_type, f"{name}.v{LANES}f32"), args)
+
+
+def broadcast(builder, x):
+    """A vector whose elements are all x."""
+    undefined = ir.Constant(FLOATS, ir.Undefined)
+    first = builder.insert_element(undefined, x, INT(0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(INTS, [0] * LANES))
 
 
 @intrinsic
@@ -161,6 +169,60 @@ def stores(n):
 load4, store4 = loads(4), stores(4)
 
 
+def tile_of(n_rows, width):
+    """Intrinsics for a tile, a tuple of n_rows * width vectors: n_rows rows of a matrix, `width` vectors of each.
+
+    load_tile(a, i, j): the tile of the float32 matrix a whose first element is a[i, j].
+    fma_tile(x, i, k, ws, tile): the tile with x[i + r, k] * ws, for a tuple ws of `width` vectors, added to row r.
+    store_tile(a, i, j, tile): write a tile to the float32 matrix a.
+    """
+
+    def rows(context, builder, a, array, i, j):
+        """The addresses of a[i + r, j]."""
+        first = [context.cast(builder, index, index_type, types.intp) for index, index_type in (i, j)]
+        for r in range(n_rows):
+            index = context.make_tuple(builder, INDEX, [builder.add(first[0], ir.Constant(first[0].type, r)), first[1]])
+            yield pointer(context, builder, a, array, INDEX, index)
+
+    def vectors(context, builder, signature, args):
+        """The addresses of the tile of a at i, j."""
+        a, i, j = signature.args[:3]
+        for row in rows(context, builder, a, args[0], (args[1], i), (args[2], j)):
+            yield from (builder.gep(row, [INT(c * LANES)]) for c in range(width))
+
+    @intrinsic
+    def load_tile(typing_context, a, i, j):
+        def generate(context, builder, signature, args):
+            tile = [load_at(context, builder, a, address) for address in vectors(context, builder, signature, args)]
+            return context.make_tuple(builder, signature.return_type, tile)
+
+        return types.UniTuple(vector, n_rows * width)(a, i, j), generate
+
+    @intrinsic
+    def fma_tile(typing_context, x, i, k, ws, tile):
+        def generate(context, builder, signature, args):
+            ws, sums = (cgutils.unpack_tuple(builder, arg) for arg in args[3:])
+            results = []
+            for r, address in enumerate(rows(context, builder, x, args[0], (args[1], i), (args[2], k))):
+                element = broadcast(builder, builder.load(address))
+                results += [call(builder, "llvm.fma", element, w, sums[r * width + c]) for c, w in enumerate(ws)]
+            return context.make_tuple(builder, signature.return_type, results)
+
+        return tile(x, i, k, ws, tile), generate
+
+    @intrinsic
+    def store_tile(typing_context, a, i, j, tile):
+        def generate(context, builder, signature, args):
+            addresses = vectors(context, builder, signature, args)
+            for v, address in zip(cgutils.unpack_tuple(builder, args[3]), addresses, strict=True):
+                store_at(builder, v, address)
+            return context.get_dummy_value()
+
+        return types.void(a, i, j, tile), generate
+
+    return load_tile, fma_tile, store_tile
+
+
 @intrinsic
 def store(typing_context, a, index, v):
     """store(a, index, v): write v to LANES contiguous elements of the float32 array a, from a[index] on."""
@@ -201,9 +263,7 @@ def splat(typing_context, x):
     """splat(x): a vector whose elements are all x."""
 
     def generate(context, builder, signature, args):
-        x32 = context.cast(builder, args[0], x, types.float32)
-        first = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), x32, INT(0))
-        return builder.shuffle_vector(first, ir.Constant(FLOATS, ir.Undefined), ir.Constant(INTS, [0] * LANES))
+        return broadcast(builder, context.cast(builder, args[0], x, types.float32))
 
     return vector(x), generate
 

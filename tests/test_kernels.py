@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 numba = pytest.importorskip("numba")
 
 from engines import functions, vectors  # noqa: E402
-from engines.kernels import PANEL, TILE, narrow_tile, wide_tile  # noqa: E402
+from engines.kernels import PANEL, narrow_columns, wide_columns  # noqa: E402
 from engines.panels import packed  # noqa: E402
 from engines.vectors import LANES  # noqa: E402
 
@@ -134,19 +134,18 @@ def test_a_row_has_the_same_bits_beside_any_other_rows(kernel, function, n):
 
 
 @numba.njit
-def tiles_of(x, panel, wide, narrow):  # [rows, n_in], [n_in, PANEL] -> wide, narrow: [rows, PANEL]
-    for i in range(0, x.shape[0], TILE):
-        wide_tile(x, i, panel, 0, wide)
-        for j in range(0, PANEL, LANES):
-            narrow_tile(x, i, panel, j, narrow)
+def products_of(x, panel, wide, narrow):  # [rows, n_in], [n_in, PANEL] -> wide, narrow: [rows, PANEL]
+    wide_columns(x, panel, 0, wide)
+    for j in range(0, PANEL, LANES):
+        narrow_columns(x, panel, j, narrow)
 
 
-@pytest.mark.parametrize("n_rows", [1, 5, 6, 7, 40])
+@pytest.mark.parametrize("n_rows", [1, 2, 3, 4, 5, 6, 7, 40])
 def test_tiles_for_other_processors_have_the_same_bits(n_rows):
     """Those of one vector are used for many rows where there is no AVX-512."""
     wide, narrow = np.ones((2, n_rows, PANEL), np.float32)
     x, panel = random(n_rows, 48), random(48, PANEL)
-    tiles_of(x, panel, wide, narrow)
+    products_of(x, panel, wide, narrow)
     np.testing.assert_array_equal(narrow, wide)
     np.testing.assert_allclose(wide, x @ panel + 1, rtol=1e-4, atol=1e-4)
 

@@ -579,7 +579,7 @@ def test_ctrl_c_ends_the_program_with_0(tiny_models_dir, is_busy):
 
 
 def is_listening(port):
-    """Whether a connection succeeds; one that waits while the server closes its port is reset, later ones are refused."""
+    """Whether a connection succeeds; one that waits while the server closes its port is reset, not refused."""
     try:
         socket.create_connection(("127.0.0.1", port)).close()
         return True

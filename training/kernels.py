@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numba import njit
 
-from engines.kernels import TILE, activate, mean_and_scale, narrow_tile, normalize, product_of_tile, softmax
+from engines.kernels import activate, mean_and_scale, narrow_columns, normalize, product_of_columns, softmax
 from engines.vectors import LANES, exp, fma, kernel, largest, load, maximum, splat, store, total, zero
 from training import fused
 from training.autograd import fuse
@@ -86,18 +86,17 @@ def layer_norm_backward(dy, x, g, eps=1e-5):  # [..., n], [..., n], [n] -> [...,
 # Attention
 
 
-pair_tile = product_of_tile(2)
+pair_of_columns = product_of_columns(2)
 
 
 @njit
 def add_product(a, b, c):  # [m, k], [k, n] -> c: [m, n]
     """Add a @ b to c; n is a multiple of LANES."""
     n = b.shape[1]
-    for i in range(0, a.shape[0], TILE):
-        for j in range(0, n - LANES, 2 * LANES):
-            pair_tile(a, i, b, j, c)
-        if n % (2 * LANES):
-            narrow_tile(a, i, b, n - LANES, c)
+    for j in range(0, n - LANES, 2 * LANES):
+        pair_of_columns(a, b, j, c)
+    if n % (2 * LANES):
+        narrow_columns(a, b, n - LANES, c)
 
 
 @njit
