@@ -96,8 +96,9 @@ class KVCache(gpt2.KVCache):
 
     def __deepcopy__(self, memo):
         other = copy.copy(self)
-        if self.kv is not None:
-            other.hold(self.kv.copy())
+        vars(other).update(copy.deepcopy(vars(self), memo))
+        if other.kv is not None:
+            other.hold(other.kv)
         return other
 
     def advance(self, n_new):
