@@ -4,6 +4,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -86,6 +87,8 @@ def check_options(options):
         raise UserError(f"{wrong}: JAX generates several tokens at a time, so requests cannot join; leave it out")
     if options.port > 65535:
         raise UserError(f"--port {options.port} is too large; the maximum is 65535")
+    if options.allow_origin and not re.fullmatch(r"https?://[^/\s*]+", options.allow_origin):
+        raise UserError(f"--allow_origin {options.allow_origin} is not a website such as https://example.com")
     try:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401

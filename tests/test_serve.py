@@ -596,6 +596,8 @@ def is_listening(port):
         (["--host", "192.0.2.1"], ["192.0.2.1", "--host or --port"]),
         (["--max_rows", "65"], ["--max_rows", "64"]),
         (["--timeout", "0"], ["--timeout"]),
+        (["--allow_origin", "https://example.com/"], ["--allow_origin", "https://example.com"]),
+        (["--allow_origin", "*"], ["--allow_origin", "https://example.com"]),
         (["--model_size", ".."], ["'..'", "does not name a folder"]),
     ],
 )
