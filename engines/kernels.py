@@ -16,6 +16,7 @@ from engines.vectors import (
     exp,
     fma,
     fma_each,
+    fmas,
     kernel,
     largest,
     load,
@@ -26,7 +27,7 @@ from engines.vectors import (
     splat,
     store,
     store4,
-    tile_of,
+    stores,
     total,
     upper,
     zero,
@@ -100,14 +101,14 @@ int4_product_of_row, int4_product = product_of_codes(row_int4)
 
 def product_of_tile(n_rows, width):
     """Return a function that computes n_rows rows of a product, and `width` vectors of each."""
-    load_each, (load_tile, fma_tile, store_tile) = loads(width), tile_of(n_rows, width)
+    load_row, load_tile, store_tile, fma_tile = loads(width), loads(width, n_rows), stores(width, n_rows), fmas(n_rows)
 
     @njit
     def tile(x, i, panel, j, y):  # [rows, n_in], [n_in, PANEL] -> y: [rows, PANEL]
-        sums = load_tile(y, i, j)
+        sums = load_tile(y, (i, j))
         for k in range(panel.shape[0]):
-            sums = fma_tile(x, i, k, load_each(panel, (k, j)), sums)
-        store_tile(y, i, j, sums)
+            sums = fma_tile(x, (i, k), load_row(panel, (k, j)), sums)
+        store_tile(y, (i, j), sums)
 
     return tile
 

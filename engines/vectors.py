@@ -18,7 +18,6 @@ from numba.extending import intrinsic, models, overload, register_model
 LANES = 16  # elements of a vector
 FLOAT, INT = ir.FloatType(), ir.IntType(32)
 FLOATS, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
-INDEX = types.UniTuple(types.intp, 2)
 
 UNCACHED = []  # why kernels are not kept on disk
 SHARED = [pathlib.Path(__file__).with_name(name).read_bytes() for name in ("vectors.py", "kernels.py")]
@@ -113,6 +112,13 @@ def pointer(context, builder, array_type, array, index_type, index):
     return cgutils.get_item_pointer(context, builder, array_type, array, indices, wraparound=False)
 
 
+def pointers(context, builder, array_type, array, index_type, index, n_rows):
+    """The addresses of an element and of those below it: n_rows along the first axis."""
+    first = pointer(context, builder, array_type, array, index_type, index)
+    stride = builder.extract_value(context.make_array(array_type)(context, builder, array).strides, 0)
+    return [cgutils.pointer_add(builder, first, builder.mul(stride, stride.type(r))) for r in range(n_rows)]
+
+
 def load_at(context, builder, array_type, address):
     """Load LANES elements, float32 or int8, and convert them to float32."""
     element = context.get_data_type(array_type.dtype)
@@ -135,30 +141,33 @@ def load(typing_context, a, index):
     return vector(a, index), generate
 
 
-def loads(n):
-    """An intrinsic f(a, index): a tuple of n vectors, contiguous in the array a from a[index] on."""
+def loads(n, n_rows=1):
+    """An intrinsic f(a, index): n vectors, contiguous in the array a from a[index] on, of each of n_rows rows."""
 
     @intrinsic
     def load_vectors(typing_context, a, index):
         def generate(context, builder, signature, args):
-            first = pointer(context, builder, a, args[0], index, args[1])
-            vectors = [load_at(context, builder, a, builder.gep(first, [INT(i * LANES)])) for i in range(n)]
+            rows = pointers(context, builder, a, args[0], index, args[1], n_rows)
+            vectors = [
+                load_at(context, builder, a, builder.gep(row, [INT(i * LANES)])) for row in rows for i in range(n)
+            ]
             return context.make_tuple(builder, signature.return_type, vectors)
 
-        return types.UniTuple(vector, n)(a, index), generate
+        return types.UniTuple(vector, n_rows * n)(a, index), generate
 
     return load_vectors
 
 
-def stores(n):
-    """An intrinsic f(a, index, vectors): write a tuple of n vectors to the float32 array a, from a[index] on."""
+def stores(n, n_rows=1):
+    """An intrinsic f(a, index, vectors): write what loads(n, n_rows) loads to the float32 array a."""
 
     @intrinsic
     def store_vectors(typing_context, a, index, vectors):
         def generate(context, builder, signature, args):
-            first = pointer(context, builder, a, args[0], index, args[1])
-            for i, v in enumerate(cgutils.unpack_tuple(builder, args[2])):
-                store_at(builder, v, builder.gep(first, [INT(i * LANES)]))
+            rows = pointers(context, builder, a, args[0], index, args[1], n_rows)
+            addresses = [builder.gep(row, [INT(i * LANES)]) for row in rows for i in range(n)]
+            for v, address in zip(cgutils.unpack_tuple(builder, args[2]), addresses, strict=True):
+                store_at(builder, v, address)
             return context.get_dummy_value()
 
         return types.void(a, index, vectors), generate
@@ -169,58 +178,24 @@ def stores(n):
 load4, store4 = loads(4), stores(4)
 
 
-def tile_of(n_rows, width):
-    """Intrinsics for a tile, a tuple of n_rows * width vectors: n_rows rows of a matrix, `width` vectors of each.
+def fmas(n_rows):
+    """An intrinsic f(x, index, ws, sums): add x[index] * ws to sums, tuples of vectors.
 
-    load_tile(a, i, j): the tile of the float32 matrix a whose first element is a[i, j].
-    fma_tile(x, i, k, ws, tile): the tile with x[i + r, k] * ws, for a tuple ws of `width` vectors, added to row r.
-    store_tile(a, i, j, tile): write a tile to the float32 matrix a.
+    sums has the vectors of n_rows rows; x[index] and the elements below it, one per row, are multiplied by ws.
     """
 
-    def rows(context, builder, a, array, i, j):
-        """The addresses of a[i + r, j]."""
-        first = [context.cast(builder, index, index_type, types.intp) for index, index_type in (i, j)]
-        for r in range(n_rows):
-            index = context.make_tuple(builder, INDEX, [builder.add(first[0], ir.Constant(first[0].type, r)), first[1]])
-            yield pointer(context, builder, a, array, INDEX, index)
-
-    def vectors(context, builder, signature, args):
-        """The addresses of the tile of a at i, j."""
-        a, i, j = signature.args[:3]
-        for row in rows(context, builder, a, args[0], (args[1], i), (args[2], j)):
-            yield from (builder.gep(row, [INT(c * LANES)]) for c in range(width))
-
     @intrinsic
-    def load_tile(typing_context, a, i, j):
+    def fma_rows(typing_context, x, index, ws, sums):
         def generate(context, builder, signature, args):
-            tile = [load_at(context, builder, a, address) for address in vectors(context, builder, signature, args)]
-            return context.make_tuple(builder, signature.return_type, tile)
+            ws, old = (cgutils.unpack_tuple(builder, arg) for arg in args[2:])
+            elements = map(builder.load, pointers(context, builder, x, args[0], index, args[1], n_rows))
+            products = [(broadcast(builder, element), w) for element in elements for w in ws]
+            new = [call(builder, "llvm.fma", *product, v) for product, v in zip(products, old, strict=True)]
+            return context.make_tuple(builder, signature.return_type, new)
 
-        return types.UniTuple(vector, n_rows * width)(a, i, j), generate
+        return sums(x, index, ws, sums), generate
 
-    @intrinsic
-    def fma_tile(typing_context, x, i, k, ws, tile):
-        def generate(context, builder, signature, args):
-            ws, sums = (cgutils.unpack_tuple(builder, arg) for arg in args[3:])
-            results = []
-            for r, address in enumerate(rows(context, builder, x, args[0], (args[1], i), (args[2], k))):
-                element = broadcast(builder, builder.load(address))
-                results += [call(builder, "llvm.fma", element, w, sums[r * width + c]) for c, w in enumerate(ws)]
-            return context.make_tuple(builder, signature.return_type, results)
-
-        return tile(x, i, k, ws, tile), generate
-
-    @intrinsic
-    def store_tile(typing_context, a, i, j, tile):
-        def generate(context, builder, signature, args):
-            addresses = vectors(context, builder, signature, args)
-            for v, address in zip(cgutils.unpack_tuple(builder, args[3]), addresses, strict=True):
-                store_at(builder, v, address)
-            return context.get_dummy_value()
-
-        return types.void(a, i, j, tile), generate
-
-    return load_tile, fma_tile, store_tile
+    return fma_rows
 
 
 @intrinsic
