@@ -54,43 +54,57 @@ def matrix(address, n_rows, n):
 
 
 @njit
-def row_int8(panel, scales, k):  # [n_in, PANEL] int8, [1, PANEL] -> 4 vectors
-    return times(load4(panel, (k, 0)), load4(scales, (0, 0)))
+def row_int8(panel, k):  # [n_in, PANEL] int8 -> 4 vectors
+    return load4(panel, (k, 0))
 
 
 @njit
-def row_int4(panel, scales, k):  # [n_in, PANEL/2] uint8, [n_in/GROUP, PANEL] -> 4 vectors
-    codes = lower(panel, (k, 0)), lower(panel, (k, LANES)), upper(panel, (k, 0)), upper(panel, (k, LANES))
-    return times(codes, load4(scales, (k // GROUP, 0)))
+def row_int4(panel, k):  # [n_in, PANEL/2] uint8 -> 4 vectors
+    return lower(panel, (k, 0)), lower(panel, (k, LANES)), upper(panel, (k, 0)), upper(panel, (k, LANES))
 
 
 @njit
-def times(a, b):
-    return a[0] * b[0], a[1] * b[1], a[2] * b[2], a[3] * b[3]
+def fma4(a, b, c):
+    """fma of each of 4 vectors."""
+    return fma(a[0], b[0], c[0]), fma(a[1], b[1], c[1]), fma(a[2], b[2], c[2]), fma(a[3], b[3], c[3])
 
 
 def product_of_codes(row_of):
-    """Return functions for one row of x and for several; row_of(panel, scales, k) is row k of a panel as floats."""
+    """Return functions for one row of x and for several; row_of(panel, k) has the codes of row k of a panel as floats.
+
+    The products with the codes that share a row of scales are summed and then multiplied by these scales.
+    """
 
     @njit
-    def of_row(x, panels, scales, y):  # [n_in], two panels, their scales -> y: [2*PANEL]
+    def of_row(x, panels, scales, y):  # [n_in], two panels, their scales [n_groups, PANEL] -> y: [2*PANEL]
         """Add the products of a single row to y. With one panel each sum would wait for the previous one."""
-        s0, s1 = load4(y, 0), load4(y, PANEL)
-        for k in range(x.size):
-            s0 = fma_each(splat(x[k]), row_of(panels[0], scales[0], k), s0)
-            s1 = fma_each(splat(x[k]), row_of(panels[1], scales[1], k), s1)
-        store4(y, 0, s0)
-        store4(y, PANEL, s1)
+        n_groups = scales[0].shape[0]
+        n = x.size // n_groups
+        y0, y1 = load4(y, 0), load4(y, PANEL)
+        for group in range(n_groups):
+            s0 = s1 = (zero(), zero(), zero(), zero())
+            for k in range(group * n, (group + 1) * n):
+                s0 = fma_each(splat(x[k]), row_of(panels[0], k), s0)
+                s1 = fma_each(splat(x[k]), row_of(panels[1], k), s1)
+            y0 = fma4(load4(scales[0], (group, 0)), s0, y0)
+            y1 = fma4(load4(scales[1], (group, 0)), s1, y1)
+        store4(y, 0, y0)
+        store4(y, PANEL, y1)
 
     @njit
-    def of_rows(x, panel, scales, y):  # [rows, n_in], a panel, its scales -> y: [rows, PANEL]
+    def of_rows(x, panel, scales, y):  # [rows, n_in], a panel, its scales [n_groups, PANEL] -> y: [rows, PANEL]
         """Add the products of several rows to y."""
-        floats = np.empty((CHUNK, PANEL), np.float32)
-        for start in range(0, x.shape[1], CHUNK):
-            stop = min(start + CHUNK, x.shape[1])
-            for k in range(start, stop):
-                store4(floats, (k - start, 0), row_of(panel, scales, k))
-            float32_product(x[:, start:stop], floats[: stop - start], y)
+        floats, sums = np.empty((CHUNK, PANEL), np.float32), np.empty((x.shape[0], PANEL), np.float32)
+        n = x.shape[1] // scales.shape[0]
+        for group in range(scales.shape[0]):
+            sums[:] = 0
+            for start in range(group * n, (group + 1) * n, CHUNK):
+                stop = min(start + CHUNK, (group + 1) * n)
+                for k in range(start, stop):
+                    store4(floats, (k - start, 0), row_of(panel, k))
+                float32_product(x[:, start:stop], floats[: stop - start], sums)
+            for i in range(x.shape[0]):
+                store4(y, (i, 0), fma4(load4(scales, (group, 0)), load4(sums, (i, 0)), load4(y, (i, 0))))
 
     return of_row, of_rows
 
