@@ -16,6 +16,7 @@ from engines.vectors import (
     exp,
     fma,
     fma_each,
+    fma_tuples,
     fmas,
     kernel,
     largest,
@@ -31,6 +32,8 @@ from engines.vectors import (
     total,
     upper,
     zero,
+    zero4,
+    zeros,
 )
 
 PANEL = 4 * LANES  # columns of a weight that lie side by side
@@ -39,7 +42,6 @@ GROUP = 32  # rows of a panel that share a scale (int4)
 # faster unless x has few rows.
 HAS_AVX512 = bool(binding.get_host_cpu_features().get("avx512f"))
 FEW_ROWS = 32
-CHUNK = 64  # rows of a panel of codes that are converted at a time, to floats that the first-level cache holds
 BLOCK = 4 * LANES  # keys that lie side by side
 QUERIES = 4  # queries that are attended from at a time, with 4 vectors of each
 
@@ -53,6 +55,59 @@ def matrix(address, n_rows, n):
 # Products. A weight [n_in, n_out] lies in panels of PANEL columns, [n_in, PANEL] each; see panels.py.
 
 
+def product_of_tile(n_rows, width):
+    """Return a function that computes n_rows rows of a product, and `width` vectors of each."""
+    load_row, load_tile, store_tile, fma_tile = loads(width), loads(width, n_rows), stores(width, n_rows), fmas(n_rows)
+    zero_tile = zeros(n_rows * width)
+
+    @njit
+    def tile(x, i, panel, scales, y):  # [rows, n], [n, columns], [columns] -> y: [rows, columns]
+        sums = zero_tile()
+        for k in range(panel.shape[0]):
+            sums = fma_tile(x, (i, k), load_row(panel, (k, 0)), sums)
+        store_tile(y, (i, 0), fma_tuples(load_row(scales, 0), sums, load_tile(y, (i, 0))))
+
+    return tile
+
+
+def product_of_columns(width):
+    """Return a function for the first `width` vectors of columns: six rows at a time, then those that are left."""
+    one, two, three, four, five, six = (product_of_tile(n_rows, width) for n_rows in range(1, 7))
+
+    @njit
+    def columns(x, panel, scales, y):  # [rows, n], [n, columns], [columns] -> y: [rows, columns]
+        """Add (x @ panel) * scales to y."""
+        n_left = x.shape[0] % 6
+        last = x.shape[0] - n_left
+        for i in range(0, last, 6):
+            six(x, i, panel, scales, y)
+        if n_left == 1:
+            one(x, last, panel, scales, y)
+        elif n_left == 2:
+            two(x, last, panel, scales, y)
+        elif n_left == 3:
+            three(x, last, panel, scales, y)
+        elif n_left == 4:
+            four(x, last, panel, scales, y)
+        elif n_left == 5:
+            five(x, last, panel, scales, y)
+
+    return columns
+
+
+wide_columns, narrow_columns = product_of_columns(PANEL // LANES), product_of_columns(1)
+
+
+@njit
+def product(x, panel, scales, y):  # [rows, n], [n, PANEL], [PANEL] -> y: [rows, PANEL]
+    """Add (x @ panel) * scales to y."""
+    if HAS_AVX512 or x.shape[0] <= FEW_ROWS:
+        wide_columns(x, panel, scales, y)
+    else:
+        for j in range(0, PANEL, LANES):
+            narrow_columns(x, panel[:, j:], scales[j:], y[:, j:])
+
+
 @njit
 def row_int8(panel, k):  # [n_in, PANEL] int8 -> 4 vectors
     return load4(panel, (k, 0))
@@ -63,106 +118,42 @@ def row_int4(panel, k):  # [n_in, PANEL/2] uint8 -> 4 vectors
     return lower(panel, (k, 0)), lower(panel, (k, LANES)), upper(panel, (k, 0)), upper(panel, (k, LANES))
 
 
-@njit
-def fma4(a, b, c):
-    """fma of each of 4 vectors."""
-    return fma(a[0], b[0], c[0]), fma(a[1], b[1], c[1]), fma(a[2], b[2], c[2]), fma(a[3], b[3], c[3])
+def product_of_codes(row_of, n):
+    """Return functions for one row of x and for several. row_of(panel, k) has the codes of row k of a panel as floats.
 
-
-def product_of_codes(row_of):
-    """Return functions for one row of x and for several; row_of(panel, k) has the codes of row k of a panel as floats.
-
-    The products with the codes that share a row of scales are summed and then multiplied by these scales.
+    The products of n codes of a column, which have the same scale, are summed and then multiplied by it.
     """
 
     @njit
-    def of_row(x, panels, scales, y):  # [n_in], two panels, their scales [n_groups, PANEL] -> y: [2*PANEL]
+    def of_row(x, panels, scales, y):  # [n_in], two panels, their scales -> y: [2*PANEL]
         """Add the products of a single row to y. With one panel each sum would wait for the previous one."""
-        n_groups = scales[0].shape[0]
-        n = x.size // n_groups
         y0, y1 = load4(y, 0), load4(y, PANEL)
-        for group in range(n_groups):
-            s0 = s1 = (zero(), zero(), zero(), zero())
-            for k in range(group * n, (group + 1) * n):
+        for start in range(0, x.size, n):
+            s0 = s1 = zero4()
+            for k in range(start, min(start + n, x.size)):
                 s0 = fma_each(splat(x[k]), row_of(panels[0], k), s0)
                 s1 = fma_each(splat(x[k]), row_of(panels[1], k), s1)
-            y0 = fma4(load4(scales[0], (group, 0)), s0, y0)
-            y1 = fma4(load4(scales[1], (group, 0)), s1, y1)
+            group = start * len(scales[0]) // x.size
+            y0 = fma_tuples(load4(scales[0], (group, 0)), s0, y0)
+            y1 = fma_tuples(load4(scales[1], (group, 0)), s1, y1)
         store4(y, 0, y0)
         store4(y, PANEL, y1)
 
     @njit
-    def of_rows(x, panel, scales, y):  # [rows, n_in], a panel, its scales [n_groups, PANEL] -> y: [rows, PANEL]
+    def of_rows(x, panel, scales, y):  # [rows, n_in], a panel, its scales -> y: [rows, PANEL]
         """Add the products of several rows to y."""
-        floats, sums = np.empty((CHUNK, PANEL), np.float32), np.empty((x.shape[0], PANEL), np.float32)
-        n = x.shape[1] // scales.shape[0]
-        for group in range(scales.shape[0]):
-            sums[:] = 0
-            for start in range(group * n, (group + 1) * n, CHUNK):
-                stop = min(start + CHUNK, (group + 1) * n)
-                for k in range(start, stop):
-                    store4(floats, (k - start, 0), row_of(panel, k))
-                float32_product(x[:, start:stop], floats[: stop - start], sums)
-            for i in range(x.shape[0]):
-                store4(y, (i, 0), fma4(load4(scales, (group, 0)), load4(sums, (i, 0)), load4(y, (i, 0))))
+        n_in, floats = x.shape[1], np.empty((n, PANEL), np.float32)  # which the first-level cache holds
+        for start in range(0, n_in, n):
+            stop = min(start + n, n_in)
+            for k in range(start, stop):
+                store4(floats, (k - start, 0), row_of(panel, k))
+            product(x[:, start:stop], floats[: stop - start], scales[start * len(scales) // n_in], y)
 
     return of_row, of_rows
 
 
-int8_product_of_row, int8_product = product_of_codes(row_int8)
-int4_product_of_row, int4_product = product_of_codes(row_int4)
-
-
-def product_of_tile(n_rows, width):
-    """Return a function that computes n_rows rows of a product, and `width` vectors of each."""
-    load_row, load_tile, store_tile, fma_tile = loads(width), loads(width, n_rows), stores(width, n_rows), fmas(n_rows)
-
-    @njit
-    def tile(x, i, panel, j, y):  # [rows, n_in], [n_in, PANEL] -> y: [rows, PANEL]
-        sums = load_tile(y, (i, j))
-        for k in range(panel.shape[0]):
-            sums = fma_tile(x, (i, k), load_row(panel, (k, j)), sums)
-        store_tile(y, (i, j), sums)
-
-    return tile
-
-
-def product_of_columns(width):
-    """Return a function for `width` vectors of all rows of a product: six rows at a time, then those that are left."""
-    one, two, three, four, five, six = (product_of_tile(n_rows, width) for n_rows in range(1, 7))
-
-    @njit
-    def columns(x, panel, j, y):  # [rows, n_in], [n_in, PANEL] -> y: [rows, PANEL]
-        """Add x @ panel, from column j on, to y."""
-        n_left = x.shape[0] % 6
-        last = x.shape[0] - n_left
-        for i in range(0, last, 6):
-            six(x, i, panel, j, y)
-        if n_left == 1:
-            one(x, last, panel, j, y)
-        elif n_left == 2:
-            two(x, last, panel, j, y)
-        elif n_left == 3:
-            three(x, last, panel, j, y)
-        elif n_left == 4:
-            four(x, last, panel, j, y)
-        elif n_left == 5:
-            five(x, last, panel, j, y)
-
-    return columns
-
-
-wide_columns, narrow_columns = product_of_columns(PANEL // LANES), product_of_columns(1)
-
-
-@njit
-def float32_product(x, panel, y):  # [rows, n_in], [n_in, PANEL] -> y: [rows, PANEL]
-    """Add x @ panel to y."""
-    if HAS_AVX512 or x.shape[0] <= FEW_ROWS:
-        wide_columns(x, panel, 0, y)
-    else:
-        for j in range(0, PANEL, LANES):
-            narrow_columns(x, panel, j, y)
+int8_product_of_row, int8_product = product_of_codes(row_int8, 64)
+int4_product_of_row, int4_product = product_of_codes(row_int4, GROUP)
 
 
 # Functions of single rows and elements
@@ -218,7 +209,7 @@ def multiply_rows(x, w, y):  # [n_rows, n], [n, >= n_columns] -> y: [n_rows, n_c
     r1, r2, r3 = min(1, last_row), min(2, last_row), min(3, last_row)  # beyond the last row, it is repeated
     for j0 in range(0, last + 1, 4 * LANES):
         j1, j2, j3 = min(j0 + LANES, last), min(j0 + 2 * LANES, last), min(j0 + 3 * LANES, last)
-        s0 = s1 = s2 = s3 = (zero(), zero(), zero(), zero())
+        s0 = s1 = s2 = s3 = zero4()
         for k in range(x.shape[1]):
             four = load(w, (k, j0)), load(w, (k, j1)), load(w, (k, j2)), load(w, (k, j3))
             s0 = fma_each(splat(x[0, k]), four, s0)

@@ -22,7 +22,7 @@ class Panels(NamedTuple):
     codes: [n_panels, n_in, PANEL], float32 or int8 from -127 to 127; or [n_panels, n_in, PANEL/2] uint8 of two codes
     from 0 to 15, which stand for -8 to 7: the lower half of byte j is that of column j, the upper half that of column
     j + PANEL/2.
-    scales: [n_panels, 1, PANEL] for int8, [n_panels, n_in/GROUP, PANEL] for int4, no elements for float32.
+    scales: [n_panels, 1, PANEL] for int8, [n_panels, n_in/GROUP, PANEL] for int4, [PANEL] ones for float32.
     """
 
     codes: np.ndarray
@@ -78,7 +78,7 @@ def pack_transpose(w, panels):  # [n_out, n_in] -> panels: [n_panels, n_in, PANE
                     panels[p, k, j] = 0
 
 
-NO_SCALES = np.empty((0, 0, PANEL), np.float32)
+ONES = np.ones(PANEL, np.float32)
 
 
 def packed(w, memory=None):  # [n_in, n_out]
@@ -90,7 +90,7 @@ def packed(w, memory=None):  # [n_in, n_out]
         pack(read_only(w), panels)
     else:
         pack_transpose(read_only(np.ascontiguousarray(w.T)), panels)
-    return Panels(panels, NO_SCALES, n_out)
+    return Panels(panels, ONES, n_out)
 
 
 def read_only(a):

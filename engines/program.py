@@ -31,13 +31,13 @@ from engines.kernels import (
     add,
     address_of,
     attend_head,
-    float32_product,
     int4_product,
     int4_product_of_row,
     int8_product,
     int8_product_of_row,
     matrix,
     normalize,
+    product,
 )
 from engines.vectors import LANES, fetch, fetch_add, kernel
 
@@ -76,14 +76,14 @@ def elements(address, part, n):
 def product_part(op, p):  # x: [n_rows, n_in], w: panels, b: [n_out] -> y: [n_rows, n_out]
     """Compute panel p. The last panel may have columns that y lacks: it is computed in an array of its own."""
     first, n = p * PANEL, min(PANEL, op.n_out - p * PANEL)
-    x = matrix(op.x, op.n_rows, op.n_in)
+    x = matrix(op.x, op.n_rows, op.n_in)[:, :]  # of the type of a part of x
     b, y = matrix(op.b, 1, op.n_out)[0, first : first + n], matrix(op.y, op.n_rows, op.n_out)[:, first : first + n]
     sums = y if n == PANEL else np.zeros((op.n_rows, PANEL), np.float32)[:, :PANEL]  # of the type of y
     for i in range(op.n_rows):
         for j in range(n):
             sums[i, j] = b[j]
     if op.kind == FLOAT32_PRODUCT:
-        float32_product(x, matrix(op.w + 4 * p * op.n_in * PANEL, op.n_in, PANEL), sums)
+        product(x, matrix(op.w + 4 * p * op.n_in * PANEL, op.n_in, PANEL), matrix(op.scales, 1, PANEL)[0], sums)
     elif op.kind == INT8_PRODUCT:
         int8_product(x, *int8_panel(op, p), sums)
     else:

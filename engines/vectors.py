@@ -5,6 +5,7 @@ results do not depend on how a compiler vectorizes a loop. LLVM maps a vector to
 AVX-512, two of AVX2, four of NEON).
 """
 
+import itertools
 import operator
 import pathlib
 import sys
@@ -334,6 +335,34 @@ def fma_each(typing_context, x, ws, sums):
         return context.make_tuple(builder, signature.return_type, results)
 
     return sums(x, ws, sums), generate
+
+
+@intrinsic
+def fma_tuples(typing_context, a, b, c):
+    """fma_tuples(a, b, c): fma of each vector of three tuples; a is repeated if it is shorter."""
+
+    def generate(context, builder, signature, args):
+        a, b, c = (cgutils.unpack_tuple(builder, arg) for arg in args)
+        results = [call(builder, "llvm.fma", *each) for each in zip(itertools.cycle(a), b, c, strict=False)]
+        return context.make_tuple(builder, signature.return_type, results)
+
+    return c(a, b, c), generate
+
+
+def zeros(n):
+    """An intrinsic f(): a tuple of n vectors of zeros."""
+
+    @intrinsic
+    def zero_vectors(typing_context):
+        def generate(context, builder, signature, args):
+            return context.make_tuple(builder, signature.return_type, [constant(0)] * n)
+
+        return types.UniTuple(vector, n)(), generate
+
+    return zero_vectors
+
+
+zero4 = zeros(4)
 
 
 # Atomic operations on elements of an int64 array

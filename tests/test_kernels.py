@@ -134,20 +134,20 @@ def test_a_row_has_the_same_bits_beside_any_other_rows(kernel, function, n):
 
 
 @numba.njit
-def products_of(x, panel, wide, narrow):  # [rows, n_in], [n_in, PANEL] -> wide, narrow: [rows, PANEL]
-    wide_columns(x, panel, 0, wide)
+def products_of(x, panel, scales, wide, narrow):  # [rows, n_in], [n_in, PANEL], [PANEL] -> wide, narrow: [rows, PANEL]
+    wide_columns(x, panel, scales, wide)
     for j in range(0, PANEL, LANES):
-        narrow_columns(x, panel, j, narrow)
+        narrow_columns(x, panel[:, j:], scales[j:], narrow[:, j:])
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 3, 4, 5, 6, 7, 40])
 def test_tiles_for_other_processors_have_the_same_bits(n_rows):
     """Those of one vector are used for many rows where there is no AVX-512."""
     wide, narrow = np.ones((2, n_rows, PANEL), np.float32)
-    x, panel = random(n_rows, 48), random(48, PANEL)
-    products_of(x, panel, wide, narrow)
+    x, panel, scales = random(n_rows, 48), random(48, PANEL), random(PANEL)
+    products_of(x, panel, scales, wide, narrow)
     np.testing.assert_array_equal(narrow, wide)
-    np.testing.assert_allclose(wide, x @ panel + 1, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(wide, (x @ panel) * scales + 1, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("a", [random(96)[::2], random(48)[::-1], random(48).astype(">f4"), random(48).astype(float)])

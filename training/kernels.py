@@ -87,6 +87,7 @@ def layer_norm_backward(dy, x, g, eps=1e-5):  # [..., n], [..., n], [n] -> [...,
 
 
 pair_of_columns = product_of_columns(2)
+ONES = np.ones(2 * LANES, np.float32)
 
 
 @njit
@@ -94,9 +95,9 @@ def add_product(a, b, c):  # [m, k], [k, n] -> c: [m, n]
     """Add a @ b to c; n is a multiple of LANES."""
     n = b.shape[1]
     for j in range(0, n - LANES, 2 * LANES):
-        pair_of_columns(a, b, j, c)
+        pair_of_columns(a, b[:, j:], ONES, c[:, j:])
     if n % (2 * LANES):
-        narrow_columns(a, b, n - LANES, c)
+        narrow_columns(a, b[:, n - LANES :], ONES, c[:, n - LANES :])
 
 
 @njit
