@@ -4,7 +4,6 @@ A query's scores, weights and result are computed in the same order whatever oth
 the same bits alone, in a prompt and in a batch.
 """
 
-import copy
 import math
 
 import numpy as np
@@ -69,7 +68,7 @@ class KVCache(gpt2.KVCache):
     """gpt2.KVCache with the keys and values in the order in which the kernel reads them.
 
     kv: [b, n_head, 2, n_blocks*BLOCK*d], per head the keys as [n_blocks, d, BLOCK], then the values as
-    [n_blocks*BLOCK, d].
+    [n_blocks*BLOCK, d]. Only hold() replaces it: the kernel works with its addresses.
     """
 
     kv = None
@@ -81,25 +80,24 @@ class KVCache(gpt2.KVCache):
         with addresses.
         """
         gpt2.check_context(self.n_past, n_new, self.n_max)
+        shape = batch, n_head, d, self.n_max
         if self.kv is None:
-            self.n_blocks, self.shape = -(-self.n_max // BLOCK), (batch, n_head, d)
+            self.shape, self.n_blocks = shape, -(-self.n_max // BLOCK)
             self.hold(np.empty((batch, n_head, 2, self.n_blocks * BLOCK * d), np.float32))
-        elif self.shape != (batch, n_head, d):
-            given = f"{batch} rows of {n_head} heads of {d} elements"
-            raise ValueError(f"{given} for a cache of shape {self.kv.shape}")
+        elif self.shape != shape:
+            raise ValueError(f"(batch, n_head, d, n_max) is {shape} in a cache of {self.shape}")
         return [(row, self.n_past, self.n_blocks) for row in self.addresses]
 
     def hold(self, kv):
-        """Use the memory kv. Asking an array for its address takes as long as all else in rows()."""
+        """Use the memory kv, and keep the addresses of its rows: asking NumPy for one takes longer than rows()."""
         self.kv, first = kv, address(kv)
         self.addresses = [first + i * kv.strides[0] for i in range(len(kv))]
 
-    def __deepcopy__(self, memo):
-        other = copy.copy(self)
-        vars(other).update(copy.deepcopy(vars(self), memo))
-        if other.kv is not None:
-            other.hold(other.kv)
-        return other
+    def __setstate__(self, state):
+        """Copy the attributes, when a copy is made: its memory has other addresses."""
+        vars(self).update(state)
+        if self.kv is not None:
+            self.hold(self.kv)
 
     def advance(self, n_new):
         """Count the positions that the kernel has written."""

@@ -15,7 +15,6 @@ from engines.vectors import (
     address_of,
     exp,
     fma,
-    fma_each,
     fma_tuples,
     fmas,
     kernel,
@@ -38,8 +37,8 @@ from engines.vectors import (
 
 PANEL = 4 * LANES  # columns of a weight that lie side by side
 GROUP = 32  # rows of a panel that share a scale (int4)
-# A tile of a product is as wide as a panel where its 24 sums fit into the registers. Elsewhere, tiles of one vector are
-# faster unless x has few rows.
+# A tile of a product has up to 6 rows of x. It is as wide as a panel where its sums, 6 x 4 vectors, fit into the
+# registers. Elsewhere, tiles of one vector are faster unless x has few rows.
 HAS_AVX512 = bool(binding.get_host_cpu_features().get("avx512f"))
 FEW_ROWS = 32
 BLOCK = 4 * LANES  # keys that lie side by side
@@ -71,7 +70,7 @@ def product_of_tile(n_rows, width):
 
 
 def product_of_columns(width):
-    """Return a function for the first `width` vectors of columns: six rows at a time, then those that are left."""
+    """Return a function that computes `width` vectors of each row: six rows at a time, then those that are left."""
     one, two, three, four, five, six = (product_of_tile(n_rows, width) for n_rows in range(1, 7))
 
     @njit
@@ -95,6 +94,7 @@ def product_of_columns(width):
     return columns
 
 
+fma_row = fmas(1)
 wide_columns, narrow_columns = product_of_columns(PANEL // LANES), product_of_columns(1)
 
 
@@ -121,7 +121,7 @@ def row_int4(panel, k):  # [n_in, PANEL/2] uint8 -> 4 vectors
 def product_of_codes(row_of, n):
     """Return functions for one row of x and for several. row_of(panel, k) has the codes of row k of a panel as floats.
 
-    The products of n codes of a column, which have the same scale, are summed and then multiplied by it.
+    n codes of a column at a time, which share a scale: their products are summed, and the sum is multiplied by it.
     """
 
     @njit
@@ -131,8 +131,8 @@ def product_of_codes(row_of, n):
         for start in range(0, x.size, n):
             s0 = s1 = zero4()
             for k in range(start, min(start + n, x.size)):
-                s0 = fma_each(splat(x[k]), row_of(panels[0], k), s0)
-                s1 = fma_each(splat(x[k]), row_of(panels[1], k), s1)
+                s0 = fma_row(x, k, row_of(panels[0], k), s0)
+                s1 = fma_row(x, k, row_of(panels[1], k), s1)
             group = start * len(scales[0]) // x.size
             y0 = fma_tuples(load4(scales[0], (group, 0)), s0, y0)
             y1 = fma_tuples(load4(scales[1], (group, 0)), s1, y1)
@@ -142,7 +142,8 @@ def product_of_codes(row_of, n):
     @njit
     def of_rows(x, panel, scales, y):  # [rows, n_in], a panel, its scales -> y: [rows, PANEL]
         """Add the products of several rows to y."""
-        n_in, floats = x.shape[1], np.empty((n, PANEL), np.float32)  # which the first-level cache holds
+        n_in = x.shape[1]
+        floats = np.empty((n, PANEL), np.float32)  # small enough for the first-level cache
         for start in range(0, n_in, n):
             stop = min(start + n, n_in)
             for k in range(start, stop):
@@ -212,11 +213,11 @@ def multiply_rows(x, w, y):  # [n_rows, n], [n, >= n_columns] -> y: [n_rows, n_c
         s0 = s1 = s2 = s3 = zero4()
         for k in range(x.shape[1]):
             four = load(w, (k, j0)), load(w, (k, j1)), load(w, (k, j2)), load(w, (k, j3))
-            s0 = fma_each(splat(x[0, k]), four, s0)
+            s0 = fma_row(x, (0, k), four, s0)
             if last_row > 0:
-                s1 = fma_each(splat(x[r1, k]), four, s1)
-                s2 = fma_each(splat(x[r2, k]), four, s2)
-                s3 = fma_each(splat(x[r3, k]), four, s3)
+                s1 = fma_row(x, (r1, k), four, s1)
+                s2 = fma_row(x, (r2, k), four, s2)
+                s3 = fma_row(x, (r3, k), four, s3)
         columns = j0, j1, j2, j3
         store_columns(y, 0, columns, s0)
         if last_row > 0:

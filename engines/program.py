@@ -76,7 +76,7 @@ def elements(address, part, n):
 def product_part(op, p):  # x: [n_rows, n_in], w: panels, b: [n_out] -> y: [n_rows, n_out]
     """Compute panel p. The last panel may have columns that y lacks: it is computed in an array of its own."""
     first, n = p * PANEL, min(PANEL, op.n_out - p * PANEL)
-    x = matrix(op.x, op.n_rows, op.n_in)[:, :]  # of the type of a part of x
+    x = matrix(op.x, op.n_rows, op.n_in)[:, :]  # sliced, so that numba compiles product() for one type of x
     b, y = matrix(op.b, 1, op.n_out)[0, first : first + n], matrix(op.y, op.n_rows, op.n_out)[:, first : first + n]
     sums = y if n == PANEL else np.zeros((op.n_rows, PANEL), np.float32)[:, :PANEL]  # of the type of y
     for i in range(op.n_rows):

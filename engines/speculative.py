@@ -120,7 +120,7 @@ def self_drafter(model, params, n_head):
 def compiled_cost(n_tokens):
     """Time of a pass of a compiled model over n tokens, in single-token passes, while the memory is fast.
 
-    The products take six tokens at a time (bench/batching.py).
+    A tile of the products has up to six tokens; a smaller last one counts as a whole one here.
     """
     return 0.75 + 0.35 * -(-n_tokens // 6) if n_tokens > 1 else 1
 

@@ -5,7 +5,6 @@ results do not depend on how a compiler vectorizes a loop. LLVM maps a vector to
 AVX-512, two of AVX2, four of NEON).
 """
 
-import itertools
 import operator
 import pathlib
 import sys
@@ -143,7 +142,7 @@ def load(typing_context, a, index):
 
 
 def loads(n, n_rows=1):
-    """An intrinsic f(a, index): n vectors, contiguous in the array a from a[index] on, of each of n_rows rows."""
+    """An intrinsic f(a, index): n contiguous vectors from a[index] on, then those below them, of n_rows rows in all."""
 
     @intrinsic
     def load_vectors(typing_context, a, index):
@@ -160,7 +159,7 @@ def loads(n, n_rows=1):
 
 
 def stores(n, n_rows=1):
-    """An intrinsic f(a, index, vectors): write what loads(n, n_rows) loads to the float32 array a."""
+    """An intrinsic f(a, index, vectors): write vectors to the float32 array a, where loads(n, n_rows) reads them."""
 
     @intrinsic
     def store_vectors(typing_context, a, index, vectors):
@@ -190,8 +189,8 @@ def fmas(n_rows):
         def generate(context, builder, signature, args):
             ws, old = (cgutils.unpack_tuple(builder, arg) for arg in args[2:])
             elements = map(builder.load, pointers(context, builder, x, args[0], index, args[1], n_rows))
-            products = [(broadcast(builder, element), w) for element in elements for w in ws]
-            new = [call(builder, "llvm.fma", *product, v) for product, v in zip(products, old, strict=True)]
+            factors = [(broadcast(builder, element), w) for element in elements for w in ws]
+            new = [call(builder, "llvm.fma", *pair, v) for pair, v in zip(factors, old, strict=True)]
             return context.make_tuple(builder, signature.return_type, new)
 
         return sums(x, index, ws, sums), generate
@@ -213,10 +212,10 @@ def store(typing_context, a, index, v):
 def code_of_half(is_upper):
     """An intrinsic f(a, index): the codes, 0 to 15, in half of each of LANES contiguous bytes, minus 8.
 
-    A code becomes the lowest bits of a float whose unit in the last place is 1, or 1/16 for the upper half: faster than
-    converting integers, and as exact.
+    The half is put, in its place, into the lowest bits of the float `base`, whose value the code then raises: faster
+    than converting integers, and as exact.
     """
-    mask, one = (0xF0, 2**19) if is_upper else (0x0F, 2**23)
+    mask, base = (0xF0, 2**19) if is_upper else (0x0F, 2**23)
 
     @intrinsic
     def code(typing_context, a, index):
@@ -225,8 +224,8 @@ def code_of_half(is_upper):
                 pointer(context, builder, a, args[0], index, args[1]), ir.VectorType(ir.IntType(8), LANES).as_pointer()
             )
             bits = builder.and_(builder.zext(builder.load(address, align=1), INTS), ir.Constant(INTS, [mask] * LANES))
-            floats = builder.bitcast(builder.or_(bits, builder.bitcast(constant(one), INTS)), FLOATS)
-            return builder.fsub(floats, constant(one + 8))
+            floats = builder.bitcast(builder.or_(bits, builder.bitcast(constant(base), INTS)), FLOATS)
+            return builder.fsub(floats, constant(base + 8))
 
         return vector(a, index), generate
 
@@ -326,24 +325,12 @@ def nearest(typing_context, v):
 
 
 @intrinsic
-def fma_each(typing_context, x, ws, sums):
-    """fma_each(x, ws, sums): the tuple of fma(x, w, s) for the vectors w and s of two tuples of the same length."""
-
-    def generate(context, builder, signature, args):
-        pairs = zip(cgutils.unpack_tuple(builder, args[1]), cgutils.unpack_tuple(builder, args[2]), strict=True)
-        results = [call(builder, "llvm.fma", args[0], *pair) for pair in pairs]
-        return context.make_tuple(builder, signature.return_type, results)
-
-    return sums(x, ws, sums), generate
-
-
-@intrinsic
 def fma_tuples(typing_context, a, b, c):
-    """fma_tuples(a, b, c): fma of each vector of three tuples; a is repeated if it is shorter."""
+    """fma_tuples(a, b, c): fma of each vector of three tuples; a shorter a is repeated."""
 
     def generate(context, builder, signature, args):
         a, b, c = (cgutils.unpack_tuple(builder, arg) for arg in args)
-        results = [call(builder, "llvm.fma", *each) for each in zip(itertools.cycle(a), b, c, strict=False)]
+        results = [call(builder, "llvm.fma", *each) for each in zip(a * (len(b) // len(a)), b, c, strict=True)]
         return context.make_tuple(builder, signature.return_type, results)
 
     return c(a, b, c), generate

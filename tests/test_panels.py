@@ -132,7 +132,7 @@ QUANTIZED = [(dtype, *shape) for dtype in DTYPES for shape in SHAPES] + [("int8"
 @pytest.mark.parametrize(("dtype", "n_in", "n_out"), QUANTIZED)
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_are_those_of_the_dequantized_weight(dtype, n_in, n_out, bias):
-    """One rounding for each element of the weight, which is a code times a scale, and one for each sum."""
+    """One rounding for each product that is added, and one where a sum is multiplied by its scale and added."""
     w, x = quantized(random(n_in, n_out), dtype), random(15, n_in)
     b = random(1, n_out)[0] if bias else np.zeros(n_out, np.float32)
     exact = x.astype(np.float64) @ unpacked(w) + b
