@@ -598,6 +598,7 @@ def is_listening(port):
         (["--timeout", "0"], ["--timeout"]),
         (["--allow_origin", "https://example.com/"], ["--allow_origin", "https://example.com"]),
         (["--allow_origin", "*"], ["--allow_origin", "https://example.com"]),
+        (["--allow_origin", ""], ["--allow_origin", "https://example.com"]),
         (["--model_size", ".."], ["'..'", "does not name a folder"]),
     ],
 )
@@ -606,6 +607,23 @@ def test_a_mistake_on_the_command_line_is_one_line(tiny_models_dir, capsys, opti
 
     code = run(["--models_dir", str(tiny_models_dir), "--port", "0", *options])
     assert_mistake((code, *capsys.readouterr()), *words, script="serve.py")
+
+
+@pytest.mark.parametrize(
+    ("text", "origin"),
+    [
+        ("https://Example.com", "https://example.com"),
+        ("https://example.com:443", "https://example.com"),
+        ("http://localhost:80", "http://localhost"),
+        ("http://localhost:3000", "http://localhost:3000"),
+        ("http://[::1]:3000", "http://[::1]:3000"),
+        ("chrome-extension://abc", "chrome-extension://abc"),
+    ],
+)
+def test_an_allowed_origin_is_as_browsers_send_it(text, origin):
+    from cli.serve import parse_origin
+
+    assert parse_origin(text) == origin
 
 
 def test_a_port_in_use_is_one_line(server, tiny_models_dir, capsys):
