@@ -1,5 +1,6 @@
 """The command line of serve.py."""
 
+import argparse
 import contextlib
 import ipaddress
 import logging
@@ -17,6 +18,15 @@ from weights.errors import UserError
 from weights.resources import check_memory
 
 GRACE = 5  # seconds for running requests to finish after Ctrl-C
+
+
+def parse_origin(text):
+    """Return an origin as browsers send it: in lower case, and without the default port."""
+    origin = re.sub(r"^(https://.+):443$|^(http://.+):80$", r"\1\2", text.lower())
+    if not re.fullmatch(r"[a-z-]+://([a-z0-9.-]+|\[[0-9a-f:]+\])(:\d{1,5})?", origin):
+        example = "https://example.com or http://localhost:3000"
+        raise argparse.ArgumentTypeError(f"{text[:100]!r} is not an origin such as {example}")
+    return origin
 
 
 def make_parser():
@@ -50,6 +60,7 @@ def make_parser():
     )
     add(
         "--allow_origin",
+        type=parse_origin,
         metavar="ORIGIN",
         help="a website whose scripts may use this server, such as https://example.com (default: none)",
     )
@@ -87,22 +98,12 @@ def check_options(options):
         raise UserError(f"{wrong}: JAX generates several tokens at a time, so requests cannot join; leave it out")
     if options.port > 65535:
         raise UserError(f"--port {options.port} is too large; the maximum is 65535")
-    if options.allow_origin is not None:
-        options.allow_origin = parse_origin(options.allow_origin)
     try:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(f"the server needs {error.name}: pip install -r requirements-serve.txt") from None
     check_engine_options(options)
-
-
-def parse_origin(text):
-    """Return an origin as browsers send it: in lower case, and without the default port. Raises UserError."""
-    origin = re.sub(r"^(https://.+):443$|^(http://.+):80$", r"\1\2", text.lower())
-    if not re.fullmatch(r"[a-z-]+://([a-z0-9.-]+|\[[0-9a-f:]+\])(:\d{1,5})?", origin):
-        raise UserError(f"--allow_origin {text} is not an origin such as https://example.com or http://localhost:3000")
-    return origin
 
 
 def listen(host, port):
